@@ -1,0 +1,490 @@
+"""Unified Batch Normalization on one process."""
+
+import functools
+import math
+import numbers
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ubn_det.ops import BatchStatistics, condensation_score, planes, unified_batch_norm
+
+ON_CONDENSED = ('running', 'freeze')
+EXTRA_PARAMETERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
+GATE_BUFFERS = (
+    'condensation',
+    'num_batches_condensed',
+    'num_batches_readmitted',
+    'consecutive_condensed',
+)
+
+
+class Batch(NamedTuple):
+    """What a batch says of itself: its statistics and how alike its samples are.
+
+    Args:
+        count (int | Tensor): Values per channel.
+        mean (Tensor): mu of the centered input, (C,).
+        var (Tensor): Its biased variance, (C,).
+        pair_sum (Tensor): Sum of the cosine similarity over all ordered pairs of samples, 0-dim; 0 without a threshold.
+        num_pairs (int | Tensor): Number of ordered pairs.
+    """
+
+    count: Union[int, Tensor]
+    mean: Tensor
+    var: Tensor
+    pair_sum: Tensor
+    num_pairs: Union[int, Tensor]
+
+
+class Decision(NamedTuple):
+    """The statistics that normalize a training batch; kept for a recomputed forward."""
+
+    mean: Tensor
+    var: Tensor
+    statistics: Optional[BatchStatistics]
+
+
+class UBN(_BatchNorm):
+    r"""Unified Batch Normalization over (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+
+    .. math::
+        x' &= x + w_c m                                      && \text{centering} \\
+        z  &= (x' - \mu) / \sqrt{var + eps}                  && \text{normalization} \\
+        g  &= 2 \sigma(w_s k + b_s)                          && \text{scaling} \\
+        y  &= weight \cdot g z + neighbour * (g z) + bias    && \text{affine}
+
+    m is the mean of x over one instance channel, k the mean of z over it. mu and var are the mean and the biased variance of x'
+    over the batch in training and the running ones in evaluation. ``weight``, ``bias``, w_c = ``center_weight``,
+    w_s = ``scale_weight`` and b_s = ``scale_bias`` are (C,); neighbour = ``neighbour_weight`` is a depthwise kernel. All but
+    ``weight`` start at 0, so that a new UBN is BN.
+
+    In training the *condensation score* s, the mean cosine similarity over all pairs of samples of x, decides whether the
+    batch is let through. The gate is open, and the batch normalizes itself and moves the running statistics as in BN,
+
+    .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch,
+
+    unless s > ``condensation_threshold`` or the batch's statistics are not finite. Closed, the running statistics stay as they
+    are to the bit, and ``on_condensed`` says what normalizes the batch. The score is not looked at before ``warmup`` batches
+    have moved the running statistics, nor while ``momentum`` is None; after ``patience`` closed batches in a row one batch is
+    let through whatever its score. The decision is made on the device, without a host synchronisation.
+
+    Special cases: BN without centering, scaling, threshold; RBN (Gao et al., CVPR 2021) with centering and scaling, its
+    ``weight`` halved; BNET-k (Xu et al., arXiv 2011.14150) with ``affine_kernel=k`` alone. The threshold and its aim are
+    those of Wang et al., arXiv 2311.15993; the formulas are this project's reading of its abstract.
+
+    Args:
+        num_features (int): C.
+        eps (float): Added to the variance, > 0.
+        momentum (float, optional): Weight of a batch in the running statistics, in [0, 1]. None for their cumulative average.
+        affine (bool): Whether there are ``weight`` and ``bias``.
+        track_running_stats (bool): Whether there are running statistics. Without them the batch always normalizes itself, in
+            evaluation too, and there is no gate.
+        condensation_threshold (float, optional): In [-1, 1]; None turns the score off. Statistics that are not finite close
+            the gate in any case.
+        on_condensed (str): What normalizes a batch whose gate is closed: 'running', the running statistics (no gradient
+            through them), or 'freeze', its own.
+        warmup (int): Number of batches that move the running statistics before the score is looked at, >= 0.
+        patience (int): Number of closed batches in a row after which one is let through, >= 1.
+        centering (bool): Whether there is ``center_weight``.
+        scaling (bool): Whether there are ``scale_weight`` and ``scale_bias``.
+        affine_kernel (int): Size k of the neighbourhood, odd; 1 for none. UBN and UBN2d have a k x k kernel, UBN1d and UBN3d
+            one of their dimension. Needs ``affine``.
+        device (torch.device, optional): Of parameters and buffers.
+        dtype (torch.dtype, optional): Of parameters and running statistics.
+
+    Attributes:
+        condensation (Tensor): Score of the last training batch that had one, 0-dim.
+        num_batches_tracked (Tensor): Batches that moved the running statistics.
+        num_batches_condensed (Tensor): Batches whose gate was closed.
+        num_batches_readmitted (Tensor): Batches let through because of ``patience``.
+        consecutive_condensed (Tensor): Closed batches since the last open one.
+
+    Raises:
+        TypeError: An argument or an input has the wrong type.
+        ValueError: An argument is out of range, or an input has the wrong number of dimensions or channels, or a single value
+            per channel in training.
+    """
+
+    _abbr_ = 'bn'
+    _input_dims: Tuple[int, ...] = (2, 3, 4, 5)
+    _kernel_dims = 2
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        condensation_threshold: Optional[float] = 0.6,
+        on_condensed: str = 'running',
+        warmup: int = 100,
+        patience: int = 100,
+        centering: bool = True,
+        scaling: bool = True,
+        affine_kernel: int = 1,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        _check_integer('num_features', num_features, 1)
+        _check_number('eps', eps, 0, math.inf)
+        if eps == 0 or math.isinf(eps):
+            raise ValueError(f'eps must be positive and finite, got {eps}')
+        if momentum is not None:
+            _check_number('momentum', momentum, 0, 1)
+        if condensation_threshold is not None:
+            _check_number('condensation_threshold', condensation_threshold, -1, 1)
+        if on_condensed not in ON_CONDENSED:
+            raise ValueError(f'on_condensed must be one of {ON_CONDENSED}, got {on_condensed!r}')
+        _check_integer('warmup', warmup, 0)
+        _check_integer('patience', patience, 1)
+        for name, value in dict(
+            affine=affine,
+            track_running_stats=track_running_stats,
+            centering=centering,
+            scaling=scaling,
+        ).items():
+            if not isinstance(value, bool):
+                raise TypeError(f'{name} must be True or False, got {value!r}')
+        _check_integer('affine_kernel', affine_kernel, 1)
+        if affine_kernel % 2 == 0:
+            raise ValueError(f'affine_kernel must be odd, got {affine_kernel}')
+        if affine_kernel > 1 and not affine:
+            raise ValueError(f'affine_kernel={affine_kernel} needs affine=True')
+
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.condensation_threshold = condensation_threshold
+        self.on_condensed = on_condensed
+        self.warmup = warmup
+        self.patience = patience
+        self.centering = centering
+        self.scaling = scaling
+        self.affine_kernel = affine_kernel
+
+        per_channel = (num_features,)
+        shapes: Dict[str, Optional[Tuple[int, ...]]] = dict(
+            center_weight=per_channel if centering else None,
+            scale_weight=per_channel if scaling else None,
+            scale_bias=per_channel if scaling else None,
+            neighbour_weight=(
+                (num_features, 1) + (affine_kernel,) * self._kernel_dims
+                if affine_kernel > 1
+                else None
+            ),
+        )
+        for name, shape in shapes.items():
+            parameter = None
+            if shape is not None:
+                parameter = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        for name in GATE_BUFFERS:
+            buffer = None
+            if track_running_stats:
+                kind = torch.float32 if name == 'condensation' else torch.long
+                buffer = torch.zeros((), device=device, dtype=kind)
+            self.register_buffer(name, buffer)
+        self._decision: Optional[Decision] = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, and in training move the running statistics if the gate is open.
+
+        Args:
+            input (Tensor): (N, C, *S), float16, bfloat16, float32 or float64, in any memory format. May be empty: nothing moves
+                then.
+
+        Returns:
+            Tensor: Shape, type and memory format of ``input``.
+        """
+        self._check_input(input)
+        if self.training or self.running_mean is None:
+            x = input.contiguous()
+            if self.training and _is_recomputing():
+                decision, instance_mean = self._recall(), planes.instance_mean(x.detach())
+            else:
+                decision, instance_mean = self._decide(x.detach())
+        elif self.centering or self.scaling or self.affine_kernel > 1:
+            x = input.contiguous()
+            decision = Decision(self.running_mean, self.running_var, None)
+            instance_mean = planes.instance_mean(x.detach())
+        else:
+            dtype = planes.accumulate_dtype(input.dtype)
+            mean, var, weight, bias = (
+                None if t is None else t.to(dtype)
+                for t in (self.running_mean, self.running_var, self.weight, self.bias)
+            )
+            return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+
+        as_vector = self.affine_kernel > 1 and x.dim() == 2
+        y = unified_batch_norm(
+            x.unsqueeze(-1) if as_vector else x,
+            instance_mean,
+            decision.mean,
+            decision.var,
+            self.eps,
+            weight=self.weight,
+            bias=self.bias,
+            center_weight=self.center_weight,
+            scale_weight=self.scale_weight,
+            scale_bias=self.scale_bias,
+            neighbour_weight=self.neighbour_weight,
+            statistics=decision.statistics,
+        )
+        if as_vector:
+            y = y.squeeze(-1)
+        return y.contiguous(memory_format=_memory_format(input))
+
+    @torch.no_grad()
+    def _decide(self, x: Tensor) -> Tuple['Decision', Tensor]:
+        """Choose the statistics that normalize a batch and move the running ones if its gate is open.
+
+        Returns:
+            tuple[Decision, Tensor]: The decision and the instance mean of ``x``, (N, C).
+        """
+        m, v = planes.moments(x)
+        batch = self._gather(self._describe(x, m, v))
+        if isinstance(batch.count, int) and batch.count == 0:
+            # Nothing to normalize; the output is tied to the graph all the same.
+            decision = Decision(batch.mean, batch.var, None)
+        else:
+            gate = None
+            mean, var = batch.mean, batch.var
+            if self.training and self.running_mean is not None:
+                opened = self._gate(batch)
+                if self.on_condensed == 'running':
+                    gate = opened
+                    mean = torch.where(gate, mean, self.running_mean.to(mean.dtype))
+                    var = torch.where(gate, var, self.running_var.to(var.dtype))
+                self._move_running_stats(batch, opened)
+            count = batch.count.clamp_min(1) if isinstance(batch.count, Tensor) else batch.count
+            decision = Decision(
+                mean, var, BatchStatistics(count, gate, self._gradient_all_reduce())
+            )
+        if self.training and not torch.compiler.is_compiling():
+            self._decision = decision
+        return decision, m
+
+    def _describe(self, x: Tensor, m: Tensor, v: Tensor) -> Batch:
+        """Return the statistics and the score of this process's part of the batch."""
+        count = x.numel() // x.shape[1]
+        if count == 0:
+            zeros = m.new_zeros(m.shape[1])
+            return Batch(0, zeros, zeros, zeros[0], 0)
+        centered = m
+        if self.center_weight is not None:
+            centered = torch.addcmul(m, m, self.center_weight.to(m.dtype))
+        # Exact, since every instance channel has the same number of values, and without cancellation.
+        mean = centered.mean(0)
+        var = v.mean(0) + (centered - mean).square().mean(0)
+        num, pair_sum = x.shape[0], mean.new_zeros(())
+        num_pairs = num * (num - 1)
+        if num_pairs and self.training and self.condensation_threshold is not None:
+            square_norm = (v + m.square()).sum(1) * x.shape[2:].numel()
+            pair_sum = condensation_score(x, square_norm) * num_pairs
+        return Batch(count, mean, var, pair_sum, num_pairs)
+
+    def _gather(self, batch: Batch) -> Batch:
+        """Return the statistics of the whole batch from those of this process's part; see SyncUBN."""
+        if batch.count == 1:
+            raise ValueError(
+                'Expected more than 1 value per channel when training, got a batch with a single one: '
+                'its variance is undefined. Use more samples or larger maps, or SyncUBN, which counts '
+                'over all ranks'
+            )
+        return batch
+
+    def _gradient_all_reduce(self) -> Optional[Callable[[Tensor], None]]:
+        """Return what sums the gradient of the statistics over the ranks that share them; see SyncUBN."""
+        return None
+
+    def _gate(self, batch: Batch) -> Tensor:
+        """Decide whether the batch is let through, and count it.
+
+        Returns:
+            Tensor: 0-dim bool.
+        """
+        # One sum instead of a test per value: a NaN or an infinity in any channel survives it.
+        opened = torch.isfinite(batch.mean.sum() + batch.var.sum())
+        seen = torch.ones_like(opened)
+        if isinstance(batch.count, Tensor):
+            # Over all ranks there may be no value or a single one, which has no variance.
+            seen = batch.count > 0
+            opened = opened & (batch.count > 1)
+        if self.condensation_threshold is not None:
+            defined = batch.num_pairs > 0
+            num_pairs = batch.num_pairs
+            num_pairs = num_pairs.clamp_min(1) if isinstance(num_pairs, Tensor) else max(num_pairs, 1)
+            # Rounding may lift the score of equal samples over 1.
+            score = (batch.pair_sum / num_pairs).clamp(-1, 1)
+            defined = torch.isfinite(score) & defined
+            self.condensation.copy_(torch.where(defined, score, self.condensation.to(score.dtype)))
+            if self.momentum is not None:
+                over = defined & (score > self.condensation_threshold)
+                over = over & (self.num_batches_tracked >= self.warmup)
+                starved = self.consecutive_condensed >= self.patience
+                self.num_batches_readmitted.add_(opened & over & starved)
+                opened = opened & (~over | starved)
+        closed = seen & ~opened
+        self.num_batches_tracked.add_(opened)
+        self.num_batches_condensed.add_(closed)
+        self.consecutive_condensed.add_(closed).mul_(~opened)
+        return opened
+
+    def _move_running_stats(self, batch: Batch, opened: Tensor) -> None:
+        """Move the running statistics towards the batch's where ``opened``, by BN's formula."""
+        count = batch.count
+        unbiased = count / ((count - 1).clamp_min(1) if isinstance(count, Tensor) else count - 1)
+        factor = self.momentum
+        if factor is None:
+            factor = 1 / self.num_batches_tracked.clamp_min(1).to(batch.mean.dtype)
+        for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.var * unbiased)):
+            old = running.to(new.dtype)
+            running.copy_(torch.where(opened, (1 - factor) * old + factor * new, old))
+
+    def _recall(self) -> Decision:
+        """Return the decision of the forward that activation checkpointing runs again.
+
+        The decision depends on counters that the first run has moved, so it cannot be made again.
+        """
+        decision, self._decision = self._decision, None
+        if decision is None:
+            raise RuntimeError(
+                f'{type(self).__name__} was called more than once inside activation checkpointing (with_cp) before '
+                'the backward pass, and kept the statistics of its last call only. Checkpoint each call of the layer '
+                'in a training step at most once, or exclude the modules that share it from checkpointing'
+            )
+        return decision
+
+    def _check_input(self, input: Tensor) -> None:
+        name = type(self).__name__
+        dim = input.dim()
+        # A Python branch on purpose: a symbolic trace, which would bake in the training mode, fails here.
+        if dim not in self._input_dims:
+            expected = ', '.join(f'{d}-D' for d in self._input_dims)
+            raise ValueError(f'{name} expects {expected} input (N, C, ...), got {dim}-D input')
+        if self.affine_kernel > 1 and dim - 2 != self._kernel_dims and not (dim == 2 and self._kernel_dims == 1):
+            raise ValueError(
+                f'affine_kernel={self.affine_kernel} of {name} is a {self._kernel_dims}-d neighbourhood, got '
+                f'{dim}-D input: use UBN1d, UBN2d or UBN3d as the input has 1, 2 or 3 dimensions after (N, C)'
+            )
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f'{name} has num_features={self.num_features}, got an input with {input.shape[1]} channels '
+                f'(shape {tuple(input.shape)})'
+            )
+        if not input.is_floating_point():
+            raise TypeError(f'{name} expects a floating point input, got {input.dtype}')
+        if input.device.type not in ('cpu', 'cuda'):
+            raise TypeError(f'{name} runs on cpu and cuda, got an input on {input.device.type}')
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0 and variance 1 and all counters and the score to 0."""
+        super().reset_running_stats()
+        self._zero(GATE_BUFFERS)
+
+    def reset_parameters(self) -> None:
+        """Set the layer to a BN that has seen nothing."""
+        super().reset_parameters()
+        self._zero(EXTRA_PARAMETERS)
+
+    @torch.no_grad()
+    def _zero(self, names: Tuple[str, ...]) -> None:
+        for name in names:
+            # The base class resets before these exist.
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                tensor.zero_()
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; what a plain BN has not is filled with the identity, so that the result is that BN."""
+        # Known by its keys: metadata does not survive every loader.
+        if prefix + 'running_mean' in state_dict or prefix + 'weight' in state_dict:
+            names = [
+                name
+                for name in EXTRA_PARAMETERS + GATE_BUFFERS
+                if getattr(self, name) is not None and prefix + name not in state_dict
+            ]
+            for name in names:
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device='cpu')
+            if names:
+                _log_filled_once(type(self).__name__)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        state = self.__dict__.copy()
+        # Belongs to a forward of this very module.
+        state['_decision'] = None
+        return state
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, '
+            f'track_running_stats={self.track_running_stats}, '
+            f'condensation_threshold={self.condensation_threshold}, on_condensed={self.on_condensed!r}, '
+            f'warmup={self.warmup}, patience={self.patience}, centering={self.centering}, '
+            f'scaling={self.scaling}, affine_kernel={self.affine_kernel}'
+        )
+
+
+class UBN1d(UBN):
+    """UBN over (N, C) or (N, C, L)."""
+
+    _input_dims = (2, 3)
+    _kernel_dims = 1
+
+
+class UBN2d(UBN):
+    """UBN over (N, C, H, W)."""
+
+    _input_dims = (4,)
+
+
+class UBN3d(UBN):
+    """UBN over (N, C, D, H, W)."""
+
+    _input_dims = (5,)
+    _kernel_dims = 3
+
+
+@functools.lru_cache(maxsize=None)
+def _log_filled_once(name: str) -> None:
+    print_log(
+        f'Loaded weights of plain BN into {name}: its rectifiers and counters start at 0, so that it equals that BN.',
+        logger='current',
+    )
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does it."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Return channels_last (2d or 3d) where ``x`` is stored so and only so, else contiguous."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
+
+
+def _check_integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if value < low:
+        raise ValueError(f'{name} must be at least {low}, got {value}')
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    if not low <= value <= high:
+        raise ValueError(f'{name} must lie in [{low}, {high}], got {value}')

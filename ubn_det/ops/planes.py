@@ -1,0 +1,150 @@
+"""Passes over planes: one instance channel is one plane of M contiguous values.
+
+An input (N, C, *S) is seen as (1, N*C, M), so that PyTorch's batch-norm kernels, which work per channel, work per instance
+channel. Each function makes one pass over memory (``affine_backward`` two on CPU). On CUDA the kernels are those that
+``nn.SyncBatchNorm`` calls.
+"""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+# Below any product g * r of a working layer; keeps a fully closed scaling gate from dividing by zero on CUDA.
+_TINY = 1e-20
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that statistics of ``dtype`` are kept in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_planes(x: Tensor) -> Tensor:
+    """View a contiguous (N, C, *S) as (1, N*C, M); (N, C) has planes of one value."""
+    return x.view(1, x.shape[0] * x.shape[1], -1)
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of every instance channel.
+
+    Args:
+        x (Tensor): Contiguous (N, C, *S).
+
+    Returns:
+        tuple[Tensor, Tensor]: Mean and variance, both (N, C), in float32 at least; 0 for an instance channel without values.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[:2], dtype=dtype), x.new_zeros(x.shape[:2], dtype=dtype)
+    planes = as_planes(x)
+    buffers = (None, None)
+    if x.dtype != dtype:
+        # The CPU kernel returns its statistics in the type of the buffers it is given; half is not enough for them.
+        # Two buffers, not one twice: the kernel writes to both.
+        buffers = tuple(x.new_zeros(planes.shape[1], dtype=dtype) for _ in range(2))
+    mean, var = torch.batch_norm_update_stats(planes, *buffers, 0.0)
+    return mean.view(x.shape[:2]), var.view(x.shape[:2])
+
+
+def instance_mean(x: Tensor) -> Tensor:
+    """Mean of every instance channel of (N, C, *S) as (N, C), in float32 at least; 0 for one without values."""
+    dtype = accumulate_dtype(x.dtype)
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[:2], dtype=dtype)
+    if x.dim() == 2:
+        return x.to(dtype)
+    return x.mean(dim=tuple(range(2, x.dim())), dtype=dtype)
+
+
+def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Compute ``scale * (x - mean) + shift`` with one scale and shift per instance channel.
+
+    Args:
+        x (Tensor): Contiguous (N, C, *S), not empty.
+        mean (Tensor): (N, C).
+        scale (Tensor): (N, C).
+        shift (Tensor): (N, C).
+
+    Returns:
+        Tensor: Shape and type of ``x``.
+    """
+    planes = as_planes(x)
+    mean, scale, shift = mean.flatten(), scale.flatten(), shift.flatten()
+    one = torch.ones_like(mean)
+    if x.is_cuda:
+        y = torch.batch_norm_elemt(planes, scale, shift, mean, one, 0.0)
+    else:
+        y = _aten.native_batch_norm(planes, scale, shift, mean, one, False, 0.0, 0.0)[0]
+    return y.view(x.shape)
+
+
+def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
+    """Sums over every instance channel of ``dy`` and of ``dy * (x - mean)``.
+
+    Args:
+        dy (Tensor): Contiguous (N, C, *S), not empty.
+        x (Tensor): Contiguous, the shape and type of ``dy``.
+        mean (Tensor): (N, C).
+
+    Returns:
+        tuple[Tensor, Tensor]: The two sums, both (N, C), in the type of ``mean``.
+    """
+    planes, dy, flat = as_planes(x), as_planes(dy), mean.flatten()
+    one = torch.ones_like(flat)
+    if x.is_cuda:
+        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+            dy, planes, flat, one, one, True, False, False
+        )
+    else:
+        _, sum_dy_xmu, sum_dy = _aten.native_batch_norm_backward(
+            dy, planes, one, flat, one, flat, one, False, 0.0, [False, True, True]
+        )
+    return sum_dy.view_as(mean), sum_dy_xmu.view_as(mean)
+
+
+def affine_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, shift: Tensor, weight: Tensor
+) -> Tensor:
+    """Compute ``weight * (scale * dy + slope * (x - mean) + shift)``.
+
+    ``weight`` stands apart since it may be exactly 0 (a zero-initialised residual branch) and the CUDA kernel wants the
+    rest divided by ``scale``.
+
+    Args:
+        dy (Tensor): Contiguous (N, C, *S), not empty.
+        x (Tensor): Contiguous, the shape and type of ``dy``.
+        mean (Tensor): (N, C).
+        scale (Tensor): (N, C), not negative.
+        slope (Tensor): (C,).
+        shift (Tensor): (N, C).
+        weight (Tensor): (C,).
+
+    Returns:
+        Tensor: Shape and type of ``x``.
+    """
+    slope = slope.expand_as(mean)
+    if x.is_cuda:
+        scale = scale.clamp_min(_TINY)
+        dx = torch.batch_norm_backward_elemt(
+            as_planes(dy),
+            as_planes(x),
+            mean.flatten(),
+            torch.ones_like(mean).flatten(),
+            (weight * scale).flatten(),
+            (-shift / scale).flatten(),
+            (-slope / scale).flatten(),
+            torch.ones(1, dtype=torch.int32, device=x.device),
+        )
+        return dx.view(x.shape)
+
+    scale, slope, shift = weight * scale, weight * slope, weight * shift
+    column = (1, -1, 1)
+    if x.dtype == mean.dtype:
+        dx = as_planes(affine(x, mean, slope, shift))
+    else:
+        # Half precision: the sum is formed in float32 and rounded once.
+        dx = torch.addcmul((shift - slope * mean).view(column), as_planes(x), slope.reshape(column))
+    dx.addcmul_(as_planes(dy), scale.view(column))
+    return dx.to(x.dtype).view(x.shape)
