@@ -1,7 +1,24 @@
-"""Unified Batch Normalization for MMDetection; importing it registers its layers and hooks."""
+"""Unified Batch Normalization for MMDetection.
 
+Importing the package registers its layers and its hook with mmengine and installs the guards of
+:mod:`ubn_det.guards`.
+"""
+
+from . import guards
+from .conversion import convert_sync_ubn
+from .engine import CondensationHook
 from .layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
 
 __version__ = '0.1.0'
 
-__all__ = ['UBN', 'SyncUBN', 'UBN1d', 'UBN2d', 'UBN3d', '__version__']
+__all__ = [
+    'CondensationHook',
+    'SyncUBN',
+    'UBN',
+    'UBN1d',
+    'UBN2d',
+    'UBN3d',
+    'convert_sync_ubn',
+]
+
+guards.install()

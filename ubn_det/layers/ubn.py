@@ -3,11 +3,13 @@
 import functools
 import math
 import numbers
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -30,15 +32,16 @@ class Batch(NamedTuple):
         count (int | Tensor): Values per channel.
         mean (Tensor): mu of the centered input, (C,).
         var (Tensor): Its biased variance, (C,).
-        pair_sum (Tensor): Sum of the cosine similarity over all ordered pairs of samples, 0-dim; 0 without a threshold.
+        pair_sum (Tensor): Sum of the cosine similarity over all ordered pairs of samples, 0-dim; 0
+            without a threshold.
         num_pairs (int | Tensor): Number of ordered pairs.
     """
 
-    count: Union[int, Tensor]
+    count: int | Tensor
     mean: Tensor
     var: Tensor
     pair_sum: Tensor
-    num_pairs: Union[int, Tensor]
+    num_pairs: int | Tensor
 
 
 class Decision(NamedTuple):
@@ -46,9 +49,10 @@ class Decision(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    statistics: Optional[BatchStatistics]
+    statistics: BatchStatistics | None
 
 
+@MODELS.register_module()
 class UBN(_BatchNorm):
     r"""Unified Batch Normalization over (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
 
@@ -58,42 +62,48 @@ class UBN(_BatchNorm):
         g  &= 2 \sigma(w_s k + b_s)                          && \text{scaling} \\
         y  &= weight \cdot g z + neighbour * (g z) + bias    && \text{affine}
 
-    m is the mean of x over one instance channel, k the mean of z over it. mu and var are the mean and the biased variance of x'
-    over the batch in training and the running ones in evaluation. ``weight``, ``bias``, w_c = ``center_weight``,
-    w_s = ``scale_weight`` and b_s = ``scale_bias`` are (C,); neighbour = ``neighbour_weight`` is a depthwise kernel. All but
-    ``weight`` start at 0, so that a new UBN is BN.
+    m is the mean of x over one instance channel, k the mean of z over it. mu and var are the mean
+    and the biased variance of x' over the batch in training and the running ones in evaluation.
+    ``weight``, ``bias``, w_c = ``center_weight``, w_s = ``scale_weight`` and b_s = ``scale_bias``
+    are (C,); neighbour = ``neighbour_weight`` is a depthwise kernel. All but ``weight`` start at
+    0, so that a new UBN is BN.
 
-    In training the *condensation score* s, the mean cosine similarity over all pairs of samples of x, decides whether the
-    batch is let through. The gate is open, and the batch normalizes itself and moves the running statistics as in BN,
+    In training the *condensation score* s, the mean cosine similarity over all pairs of samples of
+    x, decides whether the batch is let through. The gate is open, and the batch normalizes itself
+    and moves the running statistics as in BN,
 
     .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch,
 
-    unless s > ``condensation_threshold`` or the batch's statistics are not finite. Closed, the running statistics stay as they
-    are to the bit, and ``on_condensed`` says what normalizes the batch. The score is not looked at before ``warmup`` batches
-    have moved the running statistics, nor while ``momentum`` is None; after ``patience`` closed batches in a row one batch is
-    let through whatever its score. The decision is made on the device, without a host synchronisation.
+    unless s > ``condensation_threshold`` or the batch's statistics are not finite. Closed, the
+    running statistics stay as they are to the bit, and ``on_condensed`` says what normalizes the
+    batch. The score is not looked at before ``warmup`` batches have moved the running statistics,
+    nor while ``momentum`` is None; after ``patience`` closed batches in a row one batch is let
+    through whatever its score. The decision is made on the device, without a host synchronisation.
 
-    Special cases: BN without centering, scaling, threshold; RBN (Gao et al., CVPR 2021) with centering and scaling, its
-    ``weight`` halved; BNET-k (Xu et al., arXiv 2011.14150) with ``affine_kernel=k`` alone. The threshold and its aim are
-    those of Wang et al., arXiv 2311.15993; the formulas are this project's reading of its abstract.
+    Special cases: BN without centering, scaling, threshold; RBN (Gao et al., CVPR 2021) with
+    centering and scaling, its ``weight`` halved; BNET-k (Xu et al., arXiv 2011.14150) with
+    ``affine_kernel=k`` alone. The threshold and its aim are those of Wang et al., arXiv
+    2311.15993; the formulas are this project's reading of its abstract.
 
     Args:
         num_features (int): C.
         eps (float): Added to the variance, > 0.
-        momentum (float, optional): Weight of a batch in the running statistics, in [0, 1]. None for their cumulative average.
+        momentum (float, optional): Weight of a batch in the running statistics, in [0, 1]. None
+            for their cumulative average.
         affine (bool): Whether there are ``weight`` and ``bias``.
-        track_running_stats (bool): Whether there are running statistics. Without them the batch always normalizes itself, in
-            evaluation too, and there is no gate.
-        condensation_threshold (float, optional): In [-1, 1]; None turns the score off. Statistics that are not finite close
-            the gate in any case.
-        on_condensed (str): What normalizes a batch whose gate is closed: 'running', the running statistics (no gradient
-            through them), or 'freeze', its own.
-        warmup (int): Number of batches that move the running statistics before the score is looked at, >= 0.
+        track_running_stats (bool): Whether there are running statistics. Without them the batch
+            always normalizes itself, in evaluation too, and there is no gate.
+        condensation_threshold (float, optional): In [-1, 1]; None turns the score off. Statistics
+            that are not finite close the gate in any case.
+        on_condensed (str): What normalizes a batch whose gate is closed: 'running', the running
+            statistics (no gradient through them), or 'freeze', its own.
+        warmup (int): Number of batches that move the running statistics before the score is looked
+            at, >= 0.
         patience (int): Number of closed batches in a row after which one is let through, >= 1.
         centering (bool): Whether there is ``center_weight``.
         scaling (bool): Whether there are ``scale_weight`` and ``scale_bias``.
-        affine_kernel (int): Size k of the neighbourhood, odd; 1 for none. UBN and UBN2d have a k x k kernel, UBN1d and UBN3d
-            one of their dimension. Needs ``affine``.
+        affine_kernel (int): Size k of the neighbourhood, odd; 1 for none. UBN and UBN2d have a k x
+            k kernel, UBN1d and UBN3d one of their dimension. Needs ``affine``.
         device (torch.device, optional): Of parameters and buffers.
         dtype (torch.dtype, optional): Of parameters and running statistics.
 
@@ -106,31 +116,31 @@ class UBN(_BatchNorm):
 
     Raises:
         TypeError: An argument or an input has the wrong type.
-        ValueError: An argument is out of range, or an input has the wrong number of dimensions or channels, or a single value
-            per channel in training.
+        ValueError: An argument is out of range, or an input has the wrong number of dimensions or
+            channels, or a single value per channel in training.
     """
 
     _abbr_ = 'bn'
-    _input_dims: Tuple[int, ...] = (2, 3, 4, 5)
+    _input_dims: tuple[int, ...] = (2, 3, 4, 5)
     _kernel_dims = 2
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: Optional[float] = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
-        condensation_threshold: Optional[float] = 0.6,
+        condensation_threshold: float | None = 0.6,
         on_condensed: str = 'running',
         warmup: int = 100,
         patience: int = 100,
         centering: bool = True,
         scaling: bool = True,
         affine_kernel: int = 1,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         _check_integer('num_features', num_features, 1)
         _check_number('eps', eps, 0, math.inf)
@@ -170,7 +180,7 @@ class UBN(_BatchNorm):
         self.affine_kernel = affine_kernel
 
         per_channel = (num_features,)
-        shapes: Dict[str, Optional[Tuple[int, ...]]] = dict(
+        shapes: dict[str, tuple[int, ...] | None] = dict(
             center_weight=per_channel if centering else None,
             scale_weight=per_channel if scaling else None,
             scale_bias=per_channel if scaling else None,
@@ -191,14 +201,14 @@ class UBN(_BatchNorm):
                 kind = torch.float32 if name == 'condensation' else torch.long
                 buffer = torch.zeros((), device=device, dtype=kind)
             self.register_buffer(name, buffer)
-        self._decision: Optional[Decision] = None
+        self._decision: Decision | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, and in training move the running statistics if the gate is open.
 
         Args:
-            input (Tensor): (N, C, *S), float16, bfloat16, float32 or float64, in any memory format. May be empty: nothing moves
-                then.
+            input (Tensor): (N, C, *S), float16, bfloat16, float32 or float64, in any memory
+                format. May be empty: nothing moves then.
 
         Returns:
             Tensor: Shape, type and memory format of ``input``.
@@ -242,8 +252,8 @@ class UBN(_BatchNorm):
         return y.contiguous(memory_format=_memory_format(input))
 
     @torch.no_grad()
-    def _decide(self, x: Tensor) -> Tuple['Decision', Tensor]:
-        """Choose the statistics that normalize a batch and move the running ones if its gate is open.
+    def _decide(self, x: Tensor) -> tuple['Decision', Tensor]:
+        """Choose what normalizes a batch, and move the running statistics if it may.
 
         Returns:
             tuple[Decision, Tensor]: The decision and the instance mean of ``x``, (N, C).
@@ -280,7 +290,8 @@ class UBN(_BatchNorm):
         centered = m
         if self.center_weight is not None:
             centered = torch.addcmul(m, m, self.center_weight.to(m.dtype))
-        # Exact, since every instance channel has the same number of values, and without cancellation.
+        # Exact, since every instance channel has the same number of values, and without
+        # cancellation.
         mean = centered.mean(0)
         var = v.mean(0) + (centered - mean).square().mean(0)
         num, pair_sum = x.shape[0], mean.new_zeros(())
@@ -291,17 +302,19 @@ class UBN(_BatchNorm):
         return Batch(count, mean, var, pair_sum, num_pairs)
 
     def _gather(self, batch: Batch) -> Batch:
-        """Return the statistics of the whole batch from those of this process's part; see SyncUBN."""
+        """Return the statistics of the whole batch from those of this process's part."""
         if batch.count == 1:
             raise ValueError(
-                'Expected more than 1 value per channel when training, got a batch with a single one: '
-                'its variance is undefined. Use more samples or larger maps, or SyncUBN, which counts '
+                'Expected more than 1 value per channel when training, got a batch with a single '
+                'one: '
+                'its variance is undefined. Use more samples or larger maps, or SyncUBN, which '
+                'counts '
                 'over all ranks'
             )
         return batch
 
-    def _gradient_all_reduce(self) -> Optional[Callable[[Tensor], None]]:
-        """Return what sums the gradient of the statistics over the ranks that share them; see SyncUBN."""
+    def _gradient_all_reduce(self) -> Callable[[Tensor], None] | None:
+        """Return what sums the statistics' gradient over the ranks that share them."""
         return None
 
     def _gate(self, batch: Batch) -> Tensor:
@@ -320,7 +333,9 @@ class UBN(_BatchNorm):
         if self.condensation_threshold is not None:
             defined = batch.num_pairs > 0
             num_pairs = batch.num_pairs
-            num_pairs = num_pairs.clamp_min(1) if isinstance(num_pairs, Tensor) else max(num_pairs, 1)
+            num_pairs = (
+                num_pairs.clamp_min(1) if isinstance(num_pairs, Tensor) else max(num_pairs, 1)
+            )
             # Rounding may lift the score of equal samples over 1.
             score = (batch.pair_sum / num_pairs).clamp(-1, 1)
             defined = torch.isfinite(score) & defined
@@ -344,7 +359,10 @@ class UBN(_BatchNorm):
         factor = self.momentum
         if factor is None:
             factor = 1 / self.num_batches_tracked.clamp_min(1).to(batch.mean.dtype)
-        for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.var * unbiased)):
+        for running, new in (
+            (self.running_mean, batch.mean),
+            (self.running_var, batch.var * unbiased),
+        ):
             old = running.to(new.dtype)
             running.copy_(torch.where(opened, (1 - factor) * old + factor * new, old))
 
@@ -356,27 +374,38 @@ class UBN(_BatchNorm):
         decision, self._decision = self._decision, None
         if decision is None:
             raise RuntimeError(
-                f'{type(self).__name__} was called more than once inside activation checkpointing (with_cp) before '
-                'the backward pass, and kept the statistics of its last call only. Checkpoint each call of the layer '
-                'in a training step at most once, or exclude the modules that share it from checkpointing'
+                f'{type(self).__name__} was called more than once inside activation '
+                'checkpointing (with_cp) before '
+                'the backward pass, and kept the statistics of its last call only. Checkpoint '
+                'each call of the layer '
+                'in a training step at most once, or exclude the modules that share it from '
+                'checkpointing'
             )
         return decision
 
     def _check_input(self, input: Tensor) -> None:
         name = type(self).__name__
         dim = input.dim()
-        # A Python branch on purpose: a symbolic trace, which would bake in the training mode, fails here.
+        # A Python branch on purpose: a symbolic trace, which would bake in the training mode,
+        # fails here.
         if dim not in self._input_dims:
             expected = ', '.join(f'{d}-D' for d in self._input_dims)
             raise ValueError(f'{name} expects {expected} input (N, C, ...), got {dim}-D input')
-        if self.affine_kernel > 1 and dim - 2 != self._kernel_dims and not (dim == 2 and self._kernel_dims == 1):
+        if (
+            self.affine_kernel > 1
+            and dim - 2 != self._kernel_dims
+            and not (dim == 2 and self._kernel_dims == 1)
+        ):
             raise ValueError(
-                f'affine_kernel={self.affine_kernel} of {name} is a {self._kernel_dims}-d neighbourhood, got '
-                f'{dim}-D input: use UBN1d, UBN2d or UBN3d as the input has 1, 2 or 3 dimensions after (N, C)'
+                f'affine_kernel={self.affine_kernel} of {name} is a {self._kernel_dims}-d '
+                'neighbourhood, got '
+                f'{dim}-D input: use UBN1d, UBN2d or UBN3d as the input has 1, 2 or 3 dimensions '
+                'after (N, C)'
             )
         if input.shape[1] != self.num_features:
             raise ValueError(
-                f'{name} has num_features={self.num_features}, got an input with {input.shape[1]} channels '
+                f'{name} has num_features={self.num_features}, got an input with '
+                f'{input.shape[1]} channels '
                 f'(shape {tuple(input.shape)})'
             )
         if not input.is_floating_point():
@@ -385,7 +414,7 @@ class UBN(_BatchNorm):
             raise TypeError(f'{name} runs on cpu and cuda, got an input on {input.device.type}')
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics to mean 0 and variance 1 and all counters and the score to 0."""
+        """Set the running statistics to N(0, 1) and all counters and the score to 0."""
         super().reset_running_stats()
         self._zero(GATE_BUFFERS)
 
@@ -395,15 +424,15 @@ class UBN(_BatchNorm):
         self._zero(EXTRA_PARAMETERS)
 
     @torch.no_grad()
-    def _zero(self, names: Tuple[str, ...]) -> None:
+    def _zero(self, names: tuple[str, ...]) -> None:
         for name in names:
             # The base class resets before these exist.
             tensor = getattr(self, name, None)
             if tensor is not None:
                 tensor.zero_()
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; what a plain BN has not is filled with the identity, so that the result is that BN."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; what a plain BN lacks becomes the identity, so that the result is that BN."""
         # Known by its keys: metadata does not survive every loader.
         if prefix + 'running_mean' in state_dict or prefix + 'weight' in state_dict:
             names = [
@@ -417,22 +446,26 @@ class UBN(_BatchNorm):
                 _log_filled_once(type(self).__name__)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # Belongs to a forward of this very module.
         state['_decision'] = None
         return state
 
     def extra_repr(self) -> str:
+        """Return the arguments."""
         return (
-            f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, '
+            f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, '
+            f'affine={self.affine}, '
             f'track_running_stats={self.track_running_stats}, '
-            f'condensation_threshold={self.condensation_threshold}, on_condensed={self.on_condensed!r}, '
+            f'condensation_threshold={self.condensation_threshold}, '
+            f'on_condensed={self.on_condensed!r}, '
             f'warmup={self.warmup}, patience={self.patience}, centering={self.centering}, '
             f'scaling={self.scaling}, affine_kernel={self.affine_kernel}'
         )
 
 
+@MODELS.register_module()
 class UBN1d(UBN):
     """UBN over (N, C) or (N, C, L)."""
 
@@ -440,12 +473,14 @@ class UBN1d(UBN):
     _kernel_dims = 1
 
 
+@MODELS.register_module()
 class UBN2d(UBN):
     """UBN over (N, C, H, W)."""
 
     _input_dims = (4,)
 
 
+@MODELS.register_module()
 class UBN3d(UBN):
     """UBN over (N, C, D, H, W)."""
 
@@ -453,10 +488,11 @@ class UBN3d(UBN):
     _kernel_dims = 3
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_filled_once(name: str) -> None:
     print_log(
-        f'Loaded weights of plain BN into {name}: its rectifiers and counters start at 0, so that it equals that BN.',
+        f'Loaded weights of plain BN into {name}: its rectifiers and counters start at 0, so '
+        'that it equals that BN.',
         logger='current',
     )
 
@@ -471,7 +507,11 @@ def _is_recomputing() -> bool:
 def _memory_format(x: Tensor) -> torch.memory_format:
     """Return channels_last (2d or 3d) where ``x`` is stored so and only so, else contiguous."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+    if (
+        channels_last is None
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=channels_last)
+    ):
         return torch.contiguous_format
     return channels_last
 

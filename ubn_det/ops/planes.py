@@ -1,18 +1,17 @@
 """Passes over planes: one instance channel is one plane of M contiguous values.
 
-An input (N, C, *S) is seen as (1, N*C, M), so that PyTorch's batch-norm kernels, which work per channel, work per instance
-channel. Each function makes one pass over memory (``affine_backward`` two on CPU). On CUDA the kernels are those that
-``nn.SyncBatchNorm`` calls.
+An input (N, C, *S) is seen as (1, N*C, M), so that PyTorch's batch-norm kernels, which work per
+channel, work per instance channel. Each function makes one pass over memory (``affine_backward``
+two on CPU). On CUDA the kernels are those that ``nn.SyncBatchNorm`` calls.
 """
-
-from typing import Tuple
 
 import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
 
-# Below any product g * r of a working layer; keeps a fully closed scaling gate from dividing by zero on CUDA.
+# Below any product g * r of a working layer; keeps a fully closed scaling gate from dividing by
+# zero on CUDA.
 _TINY = 1e-20
 
 
@@ -26,14 +25,15 @@ def as_planes(x: Tensor) -> Tensor:
     return x.view(1, x.shape[0] * x.shape[1], -1)
 
 
-def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every instance channel.
 
     Args:
         x (Tensor): Contiguous (N, C, *S).
 
     Returns:
-        tuple[Tensor, Tensor]: Mean and variance, both (N, C), in float32 at least; 0 for an instance channel without values.
+        tuple[Tensor, Tensor]: Mean and variance, both (N, C), in float32 at least; 0 for an
+        instance channel without values.
     """
     dtype = accumulate_dtype(x.dtype)
     if x.numel() == 0:
@@ -41,15 +41,15 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     planes = as_planes(x)
     buffers = (None, None)
     if x.dtype != dtype:
-        # The CPU kernel returns its statistics in the type of the buffers it is given; half is not enough for them.
-        # Two buffers, not one twice: the kernel writes to both.
+        # The CPU kernel returns its statistics in the type of the buffers it is given; half is not
+        # enough for them. Two buffers, not one twice: the kernel writes to both.
         buffers = tuple(x.new_zeros(planes.shape[1], dtype=dtype) for _ in range(2))
     mean, var = torch.batch_norm_update_stats(planes, *buffers, 0.0)
     return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
 def instance_mean(x: Tensor) -> Tensor:
-    """Mean of every instance channel of (N, C, *S) as (N, C), in float32 at least; 0 for one without values."""
+    """Mean of every instance channel, (N, C), as :func:`moments` returns it."""
     dtype = accumulate_dtype(x.dtype)
     if x.numel() == 0:
         return x.new_zeros(x.shape[:2], dtype=dtype)
@@ -80,7 +80,7 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return y.view(x.shape)
 
 
-def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
+def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over every instance channel of ``dy`` and of ``dy * (x - mean)``.
 
     Args:
@@ -105,12 +105,18 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def affine_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, shift: Tensor, weight: Tensor
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    shift: Tensor,
+    weight: Tensor,
 ) -> Tensor:
     """Compute ``weight * (scale * dy + slope * (x - mean) + shift)``.
 
-    ``weight`` stands apart since it may be exactly 0 (a zero-initialised residual branch) and the CUDA kernel wants the
-    rest divided by ``scale``.
+    ``weight`` stands apart since it may be exactly 0 (a zero-initialised residual branch) and the
+    CUDA kernel wants the rest divided by ``scale``.
 
     Args:
         dy (Tensor): Contiguous (N, C, *S), not empty.
@@ -145,6 +151,8 @@ def affine_backward(
         dx = as_planes(affine(x, mean, slope, shift))
     else:
         # Half precision: the sum is formed in float32 and rounded once.
-        dx = torch.addcmul((shift - slope * mean).view(column), as_planes(x), slope.reshape(column))
+        dx = torch.addcmul(
+            (shift - slope * mean).view(column), as_planes(x), slope.reshape(column)
+        )
     dx.addcmul_(as_planes(dy), scale.view(column))
     return dx.to(x.dtype).view(x.shape)

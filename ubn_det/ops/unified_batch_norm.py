@@ -1,23 +1,26 @@
-"""Normalize, gate and transform with given statistics: the differentiable part of UBN in one function.
+r"""The differentiable part of UBN in one function.
 
 .. math::
-    x' &= x + w_c m                                  && centering \\\\
-    z  &= (x' - \\mu) r, \\quad r = (var + eps)^{-1/2}  && normalization \\\\
-    g  &= 2 \\sigma(w_s k + b_s), \\quad k = (m' - \\mu) r && scaling \\\\
+    x' &= x + w_c m                                  && centering \\
+    z  &= (x' - \mu) r, \quad r = (var + eps)^{-1/2}  && normalization \\
+    g  &= 2 \sigma(w_s k + b_s), \quad k = (m' - \mu) r && scaling \\
     y  &= (weight + neighbour * )(g z) + bias        && affine
 
-Glossary: m is the mean of an instance channel, (N, C), and m' = (1 + w_c) m that of x'; mu and var are the statistics that
-normalize, (C,); k is the mean of z, (N, C); neighbour is a depthwise k x k convolution, absent for a kernel of 1.
+Glossary: m is the mean of an instance channel, (N, C), and m' = (1 + w_c) m that of x'; mu and var
+are the statistics that normalize, (C,); k is the mean of z, (N, C); neighbour is a depthwise k x k
+convolution, absent for a kernel of 1.
 
-Sources: centering and scaling from RBN, Gao et al., CVPR 2021 (with its gate doubled, so that zeros are the identity); the
-neighbourhood from BNET, Xu et al., arXiv 2011.14150.
+Sources: centering and scaling from RBN, Gao et al., CVPR 2021 (with its gate doubled, so that
+zeros are the identity); the neighbourhood from BNET, Xu et al., arXiv 2011.14150.
 
-Up to the neighbourhood, z and y are affine in x - m with one scale and one shift per instance channel. So the forward is one
-pass over x, the backward one pass for the sums of dy and dy (x - m) and one for dx; all the rest is algebra on (N, C) and
-(C,) tensors, and x is the only activation kept.
+Up to the neighbourhood, z and y are affine in x - m with one scale and one shift per instance
+channel. So the forward is one pass over x, the backward one pass for the sums of dy and dy (x - m)
+and one for dx; all the rest is algebra on (N, C) and (C,) tensors, and x is the only activation
+kept.
 """
 
-from typing import Callable, NamedTuple, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +37,15 @@ class BatchStatistics(NamedTuple):
 
     Args:
         count (int | Tensor): Values per channel that the statistics were taken over, on all ranks.
-        gate (Tensor, optional): 0-dim bool; False means that running statistics normalize after all and no gradient flows
-            through them. None means that gradient flows.
-        all_reduce (Callable, optional): Sums a tensor over the ranks that share the statistics, in place.
+        gate (Tensor, optional): 0-dim bool; False means that running statistics normalize after
+            all and no gradient flows through them. None means that gradient flows.
+        all_reduce (Callable, optional): Sums a tensor over the ranks that share the statistics, in
+            place.
     """
 
-    count: Union[int, Tensor]
-    gate: Optional[Tensor] = None
-    all_reduce: Optional[Callable[[Tensor], None]] = None
+    count: int | Tensor
+    gate: Tensor | None = None
+    all_reduce: Callable[[Tensor], None] | None = None
 
 
 class _UnifiedBatchNorm(torch.autograd.Function):
@@ -49,17 +53,17 @@ class _UnifiedBatchNorm(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
-        weight: Optional[Tensor],
-        bias: Optional[Tensor],
-        center_weight: Optional[Tensor],
-        scale_weight: Optional[Tensor],
-        scale_bias: Optional[Tensor],
-        neighbour_weight: Optional[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        center_weight: Tensor | None,
+        scale_weight: Tensor | None,
+        scale_bias: Tensor | None,
+        neighbour_weight: Tensor | None,
         instance_mean: Tensor,
         mean: Tensor,
         var: Tensor,
         eps: float,
-        statistics: Optional[BatchStatistics],
+        statistics: BatchStatistics | None,
     ) -> Tensor:
         m = instance_mean
         dtype = m.dtype
@@ -113,9 +117,14 @@ class _UnifiedBatchNorm(torch.autograd.Function):
         else:
             sum_dy, sum_dy_xmu = torch.zeros_like(m), torch.zeros_like(m)
 
-        # What follows is the gradient with respect to g z, which meets the scale of the affine step, w, as a plain factor per
-        # channel. It is applied last: w may be 0. (The neighbourhood's kernel has been dealt with above.)
-        w = weight.to(dtype) if weight is not None and neighbour_weight is None else torch.ones_like(r)
+        # What follows is the gradient with respect to g z, which meets the scale of the affine
+        # step, w, as a plain factor per channel. It is applied last: w may be 0. (The
+        # neighbourhood's kernel has been dealt with above.)
+        w = (
+            weight.to(dtype)
+            if weight is not None and neighbour_weight is None
+            else torch.ones_like(r)
+        )
         d_g = sum_dy_xmu * r + sum_dy * k
         if neighbour_weight is None:
             d_weight = (d_g if g is None else d_g * g).sum(0)
@@ -175,19 +184,20 @@ def unified_batch_norm(
     var: Tensor,
     eps: float,
     *,
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    center_weight: Optional[Tensor] = None,
-    scale_weight: Optional[Tensor] = None,
-    scale_bias: Optional[Tensor] = None,
-    neighbour_weight: Optional[Tensor] = None,
-    statistics: Optional[BatchStatistics] = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    center_weight: Tensor | None = None,
+    scale_weight: Tensor | None = None,
+    scale_bias: Tensor | None = None,
+    neighbour_weight: Tensor | None = None,
+    statistics: BatchStatistics | None = None,
 ) -> Tensor:
     """Apply UBN's centering, normalization, scaling and affine step with the given statistics.
 
     Args:
         x (Tensor): Contiguous (N, C, *S); may be empty.
-        instance_mean (Tensor): m, (N, C), in float32 at least, as ``planes.instance_mean`` gives it.
+        instance_mean (Tensor): m, (N, C), in float32 at least, as ``planes.instance_mean`` gives
+            it.
         mean (Tensor): mu, (C,).
         var (Tensor): var, (C,), biased.
         eps (float): Added to ``var``.
@@ -196,10 +206,11 @@ def unified_batch_norm(
         center_weight (Tensor, optional): w_c, (C,); None for no centering.
         scale_weight (Tensor, optional): w_s, (C,); None for no scaling.
         scale_bias (Tensor, optional): b_s, (C,); given with ``scale_weight``.
-        neighbour_weight (Tensor, optional): (C, 1, k, ...), one k for each dimension of S; needs ``weight`` and ``bias``.
-        statistics (BatchStatistics, optional): Given where ``mean`` and ``var`` are functions of ``x`` (and of
-            ``center_weight``); their gradient flows through this function although they enter as plain numbers. None where
-            they are constants.
+        neighbour_weight (Tensor, optional): (C, 1, k, ...), one k for each dimension of S; needs
+            ``weight`` and ``bias``.
+        statistics (BatchStatistics, optional): Given where ``mean`` and ``var`` are functions of
+            ``x`` (and of ``center_weight``); their gradient flows through this function although
+            they enter as plain numbers. None where they are constants.
 
     Returns:
         Tensor: y, of the shape and type of ``x``. Differentiable once.
@@ -220,7 +231,7 @@ def unified_batch_norm(
     )
 
 
-def _gate(k: Tensor, scale_weight: Optional[Tensor], scale_bias: Optional[Tensor]):
+def _gate(k: Tensor, scale_weight: Tensor | None, scale_bias: Tensor | None):
     """Return g = 2 sigmoid(w_s k + b_s), (N, C), or None without scaling."""
     if scale_weight is None:
         return None
@@ -247,7 +258,7 @@ def _depthwise(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         return convolution(h, kernel, bias, padding=kernel.shape[-1] // 2, groups=h.shape[1])
 
 
-def _depthwise_backward(dy: Tensor, h: Tensor, kernel: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def _depthwise_backward(dy: Tensor, h: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_dims = h.dim() - 2
     return _aten.convolution_backward(
         dy,
