@@ -1,13 +1,61 @@
-"""What the tools do with a config before the Runner gets it."""
+"""From a command line to a Runner: what tools/train.py and tools/test.py share."""
 
+import argparse
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 from .condensation_hook import CondensationHook
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, named as in mmdet's tools."""
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
+    parser.add_argument('--data-root', help="folder to use in place of the config's data_root")
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override those of the config, as key=value; lists as key="[a,b]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes were started',
+    )
+    # torch.distributed.launch passes it; torchrun sets LOCAL_RANK.
+    parser.add_argument('--local-rank', '--local_rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config ``args.config`` and apply the options of the command line."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    if args.data_root is not None:
+        set_data_root(cfg, args.data_root)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join(
+            'work_dirs', os.path.splitext(os.path.basename(args.config))[0]
+        )
+    prepare(cfg)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner, or the one that the config's ``runner_type`` names."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def prepare(cfg: Config) -> None:
@@ -39,3 +87,38 @@ def prepare(cfg: Config) -> None:
         )
         wrapper['device_ids'] = None
         cfg.model_wrapper_cfg = wrapper
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Let a config read its data from another folder.
+
+    Every string of the config that begins with its ``data_root`` begins with ``root`` afterwards:
+    the data sets' roots and the annotation files of the evaluators.
+
+    Args:
+        cfg (Config): Config with a ``data_root``, changed in place.
+        root (str): Folder of the same layout as the config's.
+
+    Raises:
+        ValueError: The config has no ``data_root``.
+        FileNotFoundError: ``root`` is no folder.
+    """
+    old = cfg.get('data_root')
+    if not old:
+        raise ValueError('the config has no data_root that --data-root could replace')
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f'--data-root: no folder {root}')
+    root = os.path.join(root, '')
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(old):
+            return root + value[len(old) :].lstrip('/')
+        if isinstance(value, dict):
+            for key in value:
+                value[key] = replace(value[key])
+            return value
+        if isinstance(value, (list, tuple)):
+            return type(value)(replace(item) for item in value)
+        return value
+
+    replace(cfg._cfg_dict)

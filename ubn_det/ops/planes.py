@@ -77,7 +77,8 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y = torch.batch_norm_elemt(planes, scale, shift, mean, one, 0.0)
     else:
         y = _aten.native_batch_norm(planes, scale, shift, mean, one, False, 0.0, 0.0)[0]
-    return y.view(x.shape)
+    # Not a view, which an in-place activation after the layer would refuse to write to.
+    return _aten._unsafe_view(y, x.shape)
 
 
 def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
