@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all of their own set-up, in .venv. Runs with GNU make.
+
+PYTHON ?= python3
+WORK_DIR ?= work_dirs/demo
+DATA ?=
+PYTEST_ARGS ?=
+
+VENV_PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+	@echo 'Variables: PYTHON=$(PYTHON)  WORK_DIR=$(WORK_DIR)  DATA=$(DATA)  PYTEST_ARGS=$(PYTEST_ARGS)'
+
+setup:  ## make or update .venv (10 minutes the first time, then a second)
+	@command -v "$(PYTHON)" >/dev/null || { echo 'set-up: failed: $(PYTHON) was not found.' \
+	    'Python 3.10 or newer is needed; name it with make setup PYTHON=/path/to/python3.'; \
+	    exit 1; }
+	@"$(PYTHON)" tools/setup_env.py
+
+demo: setup  ## run the main job, on DATA where it is given; results in WORK_DIR
+	$(VENV_PYTHON) tools/demo.py $(if $(DATA),--data "$(DATA)") --work-dir "$(WORK_DIR)"
+
+test: setup  ## run the tests, with PYTEST_ARGS
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## check the code's style; changes nothing
+	$(VENV_PYTHON) -m ruff check --no-cache .
+	$(VENV_PYTHON) -m ruff format --no-cache --check .
+
+format: setup  ## rewrite the code in that style
+	$(VENV_PYTHON) -m ruff format .
+
+clean:  ## remove .venv, builds and caches; WORK_DIR and the compiled mmcv stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""Package metadata of ubn_det.
+
+MMDetection and its foundations come in two families that are imported under the same names:
+OneDL's and OpenMMLab's. Installing this package must not put one over the other, so it requires
+neither; the extras `onedl` and `openmmlab` name what each family needs. PyTorch is left to the
+user as well: which build is right depends on the machine.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Read the version as text: importing the package needs all that it is built on."""
+    text = (ROOT / 'ubn_det' / '__init__.py').read_text(encoding='utf-8')
+    found = re.search(r"^__version__ = '([^']+)'", text, flags=re.MULTILINE)
+    if not found:
+        raise RuntimeError('ubn_det/__init__.py has no line __version__ = ...')
+    return found[1]
+
+
+setup(
+    name='ubn_det',
+    version=read_version(),
+    description='Unified Batch Normalization for MMDetection',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    python_requires='>=3.10',
+    packages=find_packages(where=str(ROOT), include=['ubn_det', 'ubn_det.*']),
+    install_requires=['numpy'],
+    extras_require={
+        'onedl': [
+            'onedl-mmengine>=0.10.12,<1',
+            'onedl-mmcv>=2.3.6,<3',
+            'onedl-mmdetection>=3.5.1,<4',
+        ],
+        'openmmlab': ['mmengine>=0.10,<1', 'mmcv>=2.0.0,<2.2', 'mmdet>=3.0,<4'],
+        'tests': ['hypothesis', 'pytest'],
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    zip_safe=False,
+)
