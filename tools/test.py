@@ -8,7 +8,7 @@ from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
-from ubn_det.engine import add_arguments, build_runner, load_config
+from ubn_det.engine import add_arguments, build_runner, finish, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +63,7 @@ def main() -> None:
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
+    finish()
 
 
 if __name__ == '__main__':

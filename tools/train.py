@@ -4,7 +4,7 @@ import argparse
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 
-from ubn_det.engine import add_arguments, build_runner, load_config
+from ubn_det.engine import add_arguments, build_runner, finish, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,6 +39,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     build_runner(cfg).train()
+    finish()
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
 _base_ = './mask-rcnn_r50_fpn_ubn_1x_coco.py'
 model = dict(
     backbone=dict(
-        depth=101, init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101')))
+        depth=101, init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101')
+    )
+)

@@ -58,6 +58,16 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
+def finish() -> None:
+    """Leave the process group at the end of a tool.
+
+    gloo's threads abort a process that exits without, and the launcher then stops the others.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def prepare(cfg: Config) -> None:
     """Add CondensationHook to a config, and make several processes on CPU possible.
 

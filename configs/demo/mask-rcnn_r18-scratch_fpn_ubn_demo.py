@@ -1,0 +1,57 @@
+# tools/demo.py puts in the data set, its classes and the folder of the run.
+_base_ = [
+    '../_base_/mask-rcnn_r18-scratch_fpn.py',
+    '../_base_/coco_instance_small.py',
+    '../_base_/schedule_400i.py',
+    '../_base_/ubn.py',
+]
+norm_cfg = dict(type='UBN')
+model = dict(
+    backbone=dict(norm_cfg=norm_cfg),
+    neck=dict(norm_cfg=norm_cfg),
+    # Objects of 20 pixels are common in images of 224.
+    rpn_head=dict(anchor_generator=dict(scales=[4])),
+    roi_head=dict(
+        # Two samples per bin instead of as many as a large region has pixels: this is CPU time.
+        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
+        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
+        mask_head=dict(num_convs=2, norm_cfg=norm_cfg),
+    ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))
+    ),
+)
+
+data_root = 'work_dirs/demo/data/'
+scale = (224, 224)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(data_root=data_root, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
+test_evaluator = val_evaluator
+
+max_iters = 400
+train_cfg = dict(max_iters=max_iters, val_interval=100)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=40),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=40, end=max_iters, T_max=max_iters - 40),
+]
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))
+log_processor = dict(window_size=20)
+randomness = dict(seed=0)

@@ -1,0 +1,105 @@
+"""Every config builds, has UBN where it says so, and takes a training step."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+from ubn_det import UBN, SyncUBN
+
+ROOT = Path(__file__).parent.parent / 'configs'
+CONFIGS = sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_')
+
+# Norm layers of each component: (UBN, SyncUBN, other); frozen are those that do not train.
+R50, R101, R18, FPN, CONVS = 53, 104, 20, 8, 4
+EXPECTED = {
+    'mask-rcnn_r50_fpn_ubn_1x_coco': dict(ubn=R50, frozen=11),
+    'mask-rcnn_r101_fpn_ubn_1x_coco': dict(ubn=R101, frozen=11),
+    'mask-rcnn_r50_fpn_syncubn_1x_coco': dict(ubn=R50, sync=R50, frozen=11),
+    'mask-rcnn_r50_fpn_ubn-all_2x_coco': dict(
+        ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=11
+    ),
+    'mask-rcnn_r50-scratch_fpn_ubn-all_6x_coco': dict(
+        ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=0
+    ),
+    'mask-rcnn_r18-scratch_fpn_ubn_400i_pennfudan': dict(ubn=R18 + FPN + CONVS, frozen=0),
+    'mask-rcnn_r18-scratch_fpn_bn_400i_pennfudan': dict(ubn=0, bn=R18 + FPN + CONVS, frozen=0),
+    'mask-rcnn_r18-scratch_fpn_ubn_demo': dict(ubn=R18 + FPN + 2, frozen=0),
+}
+
+
+def build(path):
+    register_all_modules()
+    cfg = Config.fromfile(path)
+    # Pretrained weights come from the network.
+    cfg.model.backbone.init_cfg = None
+    return cfg, MODELS.build(cfg.model)
+
+
+def test_every_config_is_expected():
+    assert {path.stem for path in CONFIGS} == set(EXPECTED)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_config_trains_a_step(path):
+    torch.manual_seed(0)
+    cfg, model = build(path)
+    model.init_weights()
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    ubn = [m for m in norms if isinstance(m, UBN)]
+    expected = dict(sync=0, bn=0) | EXPECTED[path.stem]
+    found = dict(
+        ubn=len(ubn),
+        sync=sum(isinstance(m, SyncUBN) for m in ubn),
+        bn=len(norms) - len(ubn),
+        frozen=sum(not m.training for m in norms),
+    )
+    assert found == expected
+
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    np.random.seed(0)
+    data = demo_mm_inputs(2, [(3, 64, 96), (3, 96, 64)], num_classes=2, with_mask=True)
+    for sample in data['data_samples']:
+        sample.gt_instances.labels.zero_()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    log = model.train_step(data, optim_wrapper)
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for value in log.values())
+    for name, module in model.named_modules():
+        if isinstance(module, UBN) and module.training and 'roi_head' not in name:
+            assert module.num_batches_tracked == 1, name
+            assert 0 < module.condensation.abs() <= 1, name
+        if isinstance(module, UBN) and not module.training:
+            assert module.num_batches_tracked == 0, name
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert any(name.startswith('backbone.layer4') for name in moved)
+
+
+@pytest.mark.parametrize(
+    'path', [p for p in CONFIGS if 'bn_400i' not in p.stem], ids=lambda path: path.stem
+)
+def test_config_registers_and_checks(path):
+    cfg = Config.fromfile(path)
+    assert cfg.custom_imports.imports == ['ubn_det']
+    assert cfg.custom_hooks == [dict(type='CondensationHook')]
+
+
+def test_twins_differ_in_the_norm_only():
+    folder = ROOT / 'pennfudan'
+    ubn, bn = (
+        Config.fromfile(folder / f'mask-rcnn_r18-scratch_fpn_{name}_400i_pennfudan.py')
+        for name in ('ubn', 'bn')
+    )
+    for cfg in (ubn, bn):
+        cfg.pop('custom_imports', None)
+        cfg.pop('custom_hooks', None)
+    text = ubn.pretty_text.replace("'UBN'", "'BN'")
+    assert text == bn.pretty_text
+    assert ubn.pretty_text != bn.pretty_text

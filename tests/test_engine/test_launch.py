@@ -1,0 +1,86 @@
+"""What the tools make of a config and a command line."""
+
+import argparse
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from ubn_det import UBN
+from ubn_det.engine import add_arguments, load_config, prepare, set_data_root
+
+MMDET = "_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\n"
+
+
+def parse(config, *options):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    add_arguments(parser)
+    return load_config(parser.parse_args([str(config), *options]))
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'detector.py'
+    path.write_text(MMDET)
+    return path
+
+
+def test_untouched_mmdet_config_needs_one_option(config):
+    cfg = parse(config, '--cfg-options', 'model.backbone.norm_cfg.type=UBN')
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    assert sum(isinstance(m, UBN) for m in model.modules()) == 53
+    assert cfg.custom_hooks == [dict(type='CondensationHook')]
+
+
+def test_work_dir_is_named_after_the_config(config):
+    assert parse(config).work_dir == 'work_dirs/detector'
+    assert parse(config, '--work-dir', 'here').work_dir == 'here'
+    assert parse(config, '--cfg-options', 'work_dir=there').work_dir == 'there'
+
+
+def test_hook_is_added_once_and_others_stay():
+    cfg = Config(dict(custom_hooks=[dict(type='EMAHook')], launcher='none'))
+    prepare(cfg)
+    prepare(cfg)
+    assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook', 'CondensationHook']
+
+
+def test_data_root_is_replaced_wherever_it_begins_a_path(config, tmp_path):
+    cfg = parse(config, '--data-root', str(tmp_path))
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root == f'{tmp_path}/'
+    for split in ('val', 'test'):
+        expected = f'{tmp_path}/annotations/instances_val2017.json'
+        assert cfg[f'{split}_evaluator'].ann_file == expected
+    assert 'data/coco' not in str(cfg.train_dataloader)
+
+
+def test_data_root_errors_name_the_option(tmp_path):
+    with pytest.raises(ValueError, match='--data-root'):
+        set_data_root(Config(dict(model=dict())), str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='--data-root: no folder'):
+        set_data_root(Config(dict(data_root='data/')), str(tmp_path / 'missing'))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='on CPU only: a GPU takes NCCL')
+def test_processes_without_a_gpu_meet_on_gloo(tmp_path, monkeypatch):
+    for name, value in dict(
+        RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0'
+    ).items():
+        monkeypatch.setenv(name, value)
+    cfg = Config(dict(launcher='pytorch', find_unused_parameters=True))
+    try:
+        prepare(cfg)
+        assert dist.get_backend() == 'gloo'
+    finally:
+        dist.destroy_process_group()
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        device_ids=None,
+    )

@@ -1,0 +1,126 @@
+"""Plot loss, mAP and the condensation of every layer over a training run."""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+METRICS = ('coco/bbox_mAP', 'coco/segm_mAP')
+HEATMAPS = (
+    ('condensation', 'condensation score of the last batch', 'viridis', -0.2, 1.0),
+    ('condensed_share', 'share of batches with a closed gate', 'magma', 0.0, 1.0),
+)
+
+
+def read_scalars(work_dir: Path) -> dict[int, dict[str, float]]:
+    """Read what the visualizer wrote in all runs of a work folder.
+
+    Returns:
+        dict[int, dict[str, float]]: Scalars by step. A resumed run wins over the one before.
+
+    Raises:
+        FileNotFoundError: The folder holds no scalars.json.
+    """
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    if not files:
+        raise FileNotFoundError(f'{work_dir}: no */vis_data/scalars.json, so nothing to plot')
+    steps: dict[int, dict[str, float]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            scalars = json.loads(line)
+            steps.setdefault(int(scalars.pop('step')), {}).update(scalars)
+    return dict(sorted(steps.items()))
+
+
+def plot_training(work_dir: Path, out: Path) -> None:
+    """Draw the picture of a run, from the scalars in its work folder, to an image file."""
+    steps = read_scalars(work_dir)
+    layers = list(
+        dict.fromkeys(
+            tag.split('/', 1)[1]
+            for scalars in steps.values()
+            for tag in scalars
+            if tag.startswith('condensation/') and not tag.endswith(('/mean', '/max'))
+        )
+    )
+    height = max(7.0, 1.5 + 0.17 * len(layers))
+    figure = plt.figure(figsize=(17, height), layout='constrained')
+    grid = figure.add_gridspec(3, 3, width_ratios=(1, 1.25, 1))
+    _plot_curves(figure.add_subplot(grid[0, 0]), steps, ('loss',), 'training loss')
+    _plot_curves(figure.add_subplot(grid[1, 0]), steps, METRICS, 'COCO mAP on held-out images')
+    _plot_curves(
+        figure.add_subplot(grid[2, 0]),
+        steps,
+        ('condensation/mean', 'condensation/max', 'condensed_share/mean'),
+        'over all layers',
+    )
+    for column, heatmap in enumerate(HEATMAPS, start=1):
+        _plot_heatmap(figure.add_subplot(grid[:, column]), steps, layers, *heatmap)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def _plot_curves(
+    axes: Axes, steps: dict[int, dict[str, float]], tags: tuple[str, ...], title: str
+) -> None:
+    for tag in tags:
+        points = [(step, scalars[tag]) for step, scalars in steps.items() if tag in scalars]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker='.', label=tag.removeprefix('coco/'))
+    axes.set(title=title, xlabel='iteration')
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+
+
+def _plot_heatmap(
+    axes: Axes,
+    steps: dict[int, dict[str, float]],
+    layers: list[str],
+    tag: str,
+    title: str,
+    colours: str,
+    low: float,
+    high: float,
+) -> None:
+    axes.set(title=title, xlabel='iteration')
+    logged = [step for step, scalars in steps.items() if f'{tag}/mean' in scalars]
+    if not logged:
+        axes.text(0.5, 0.5, 'nothing was logged', ha='center')
+        return
+    values = np.array(
+        [[steps[step].get(f'{tag}/{layer}', np.nan) for step in logged] for layer in layers]
+    )
+    # A column ends at its step: it tells of the iterations up to there.
+    edges = [0, *logged]
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(layers) + 1), values, cmap=colours, vmin=low, vmax=high
+    )
+    axes.invert_yaxis()
+    if tag == HEATMAPS[0][0]:
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=7)
+    else:
+        axes.set_yticks([])
+    axes.figure.colorbar(mesh, ax=axes, location='bottom', shrink=0.8, pad=0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('work_dir', type=Path, help='work folder of the run')
+    parser.add_argument('--out', type=Path, help='image file; WORK_DIR/training.png by default')
+    args = parser.parse_args()
+    out = args.out or args.work_dir / 'training.png'
+    plot_training(args.work_dir, out)
+    print(f'wrote {out}')
+
+
+if __name__ == '__main__':
+    main()
