@@ -45,11 +45,25 @@ class Batch(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The statistics that normalize a training batch; kept for a recomputed forward."""
+    """The statistics that normalize a batch, and how they depend on it."""
 
     mean: Tensor
     var: Tensor
     statistics: BatchStatistics | None
+
+
+class Kept(NamedTuple):
+    """What a forward that may be recomputed leaves for its second run.
+
+    Args:
+        decision (Decision): What normalized the batch.
+        instance_mean (Tensor): m of the input, (N, C), by which the second run knows it.
+        follows_another (bool): Whether an earlier forward's was still there.
+    """
+
+    decision: Decision
+    instance_mean: Tensor
+    follows_another: bool
 
 
 @MODELS.register_module()
@@ -201,7 +215,7 @@ class UBN(_BatchNorm):
                 kind = torch.float32 if name == 'condensation' else torch.long
                 buffer = torch.zeros((), device=device, dtype=kind)
             self.register_buffer(name, buffer)
-        self._decision: Decision | None = None
+        self._kept: Kept | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, and in training move the running statistics if the gate is open.
@@ -217,9 +231,12 @@ class UBN(_BatchNorm):
         if self.training or self.running_mean is None:
             x = input.contiguous()
             if self.training and _is_recomputing():
-                decision, instance_mean = self._recall(), planes.instance_mean(x.detach())
+                instance_mean = planes.instance_mean(x.detach())
+                decision = self._recall(instance_mean)
             else:
                 decision, instance_mean = self._decide(x.detach())
+                if self.training and _may_be_recomputed():
+                    self._kept = Kept(decision, instance_mean, self._kept is not None)
         elif self.centering or self.scaling or self.affine_kernel > 1:
             x = input.contiguous()
             decision = Decision(self.running_mean, self.running_var, None)
@@ -252,7 +269,7 @@ class UBN(_BatchNorm):
         return y.contiguous(memory_format=_memory_format(input))
 
     @torch.no_grad()
-    def _decide(self, x: Tensor) -> tuple['Decision', Tensor]:
+    def _decide(self, x: Tensor) -> tuple[Decision, Tensor]:
         """Choose what normalizes a batch, and move the running statistics if it may.
 
         Returns:
@@ -277,8 +294,6 @@ class UBN(_BatchNorm):
             decision = Decision(
                 mean, var, BatchStatistics(count, gate, self._gradient_all_reduce())
             )
-        if self.training and not torch.compiler.is_compiling():
-            self._decision = decision
         return decision, m
 
     def _describe(self, x: Tensor, m: Tensor, v: Tensor) -> Batch:
@@ -296,7 +311,8 @@ class UBN(_BatchNorm):
         var = v.mean(0) + (centered - mean).square().mean(0)
         num, pair_sum = x.shape[0], mean.new_zeros(())
         num_pairs = num * (num - 1)
-        if num_pairs and self.training and self.condensation_threshold is not None:
+        watching = self.training and self.running_mean is not None
+        if num_pairs and watching and self.condensation_threshold is not None:
             square_norm = (v + m.square()).sum(1) * x.shape[2:].numel()
             pair_sum = condensation_score(x, square_norm) * num_pairs
         return Batch(count, mean, var, pair_sum, num_pairs)
@@ -366,13 +382,17 @@ class UBN(_BatchNorm):
             old = running.to(new.dtype)
             running.copy_(torch.where(opened, (1 - factor) * old + factor * new, old))
 
-    def _recall(self) -> Decision:
+    def _recall(self, instance_mean: Tensor) -> Decision:
         """Return the decision of the forward that activation checkpointing runs again.
 
         The decision depends on counters that the first run has moved, so it cannot be made again.
         """
-        decision, self._decision = self._decision, None
-        if decision is None:
+        kept, self._kept = self._kept, None
+        # Where an earlier call was never recomputed, make sure that the last one is meant: only
+        # then the host waits for the device.
+        if kept is None or (
+            kept.follows_another and not _agree(kept.instance_mean, instance_mean)
+        ):
             raise RuntimeError(
                 f'{type(self).__name__} was called more than once inside activation '
                 'checkpointing (with_cp) before '
@@ -381,7 +401,7 @@ class UBN(_BatchNorm):
                 'in a training step at most once, or exclude the modules that share it from '
                 'checkpointing'
             )
-        return decision
+        return kept.decision
 
     def _check_input(self, input: Tensor) -> None:
         name = type(self).__name__
@@ -449,7 +469,7 @@ class UBN(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # Belongs to a forward of this very module.
-        state['_decision'] = None
+        state['_kept'] = None
         return state
 
     def extra_repr(self) -> str:
@@ -497,6 +517,22 @@ def _log_filled_once(name: str) -> None:
     )
 
 
+def _may_be_recomputed() -> bool:
+    """Whether this forward may be inside activation checkpointing.
+
+    The reentrant kind runs it without gradient, the other under hooks on saved tensors.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return not torch.is_grad_enabled() or hooks is not None
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two instance means are of the same input, up to a kernel's choice of order."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
 def _is_recomputing() -> bool:
     """Whether this forward runs inside a backward pass, as activation checkpointing does it."""
     if torch.compiler.is_compiling():
@@ -510,7 +546,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     if (
         channels_last is None
         or x.is_contiguous()
-        or not x.is_contiguous(memory_format=channels_last)
+        or torch._prims_common.suggest_memory_format(x) != channels_last
     ):
         return torch.contiguous_format
     return channels_last

@@ -41,8 +41,10 @@ def condensation_score(x: Tensor, square_norm: Tensor) -> Tensor:
     for part in flat.split(flat.shape[1] if x.dtype == dtype else max(1, _PART // num), dim=1):
         part = part.to(dtype)
         if num > _MAX_PAIRWISE:
-            vector = inverse_norm @ part
-            total = total + torch.dot(vector, vector)
+            # Autocast would round both to half precision.
+            with torch.autocast(x.device.type, enabled=False):
+                vector = inverse_norm @ part
+                total = total + torch.dot(vector, vector)
             continue
         for i in range(1, num):
             for j in range(i):

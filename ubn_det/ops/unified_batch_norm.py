@@ -83,9 +83,9 @@ class _UnifiedBatchNorm(torch.autograd.Function):
         scale, shift = (r.expand_as(k), k) if g is None else (g * r, g * k)
         if neighbour_weight is None:
             if weight is not None:
-                scale, shift = scale * weight, shift * weight
+                scale, shift = scale * weight.to(dtype), shift * weight.to(dtype)
             if bias is not None:
-                shift = shift + bias
+                shift = shift + bias.to(dtype)
             return planes.affine(x, m, scale, shift)
         h = planes.affine(x, m, scale, shift)
         kernel = _centre_added(neighbour_weight, weight).to(x.dtype)
@@ -102,29 +102,26 @@ class _UnifiedBatchNorm(torch.autograd.Function):
         g = _gate(k, scale_weight, scale_bias)
         gr, gk = (r.expand_as(k), k) if g is None else (g * r, g * k)
 
-        d_weight = d_bias = d_neighbour = None
+        # The factor per channel between g z and y. It is left out of the sums and applied last,
+        # for it may be 0 and affine_backward wants it apart.
+        w = torch.ones_like(r)
+        d_neighbour = None
         if neighbour_weight is not None:
-            kernel = _centre_added(neighbour_weight, weight)
+            # From here on dy is the gradient of g z itself.
             if x.numel():
                 h = planes.affine(x, m, gr, gk)
-                dy, d_neighbour, d_bias = _depthwise_backward(dy, h, kernel.to(x.dtype))
+                kernel = _centre_added(neighbour_weight, weight).to(x.dtype)
+                dy, d_neighbour, d_bias = _depthwise_backward(dy, h, kernel)
             else:
-                d_neighbour, d_bias = torch.zeros_like(kernel), torch.zeros_like(r)
+                d_neighbour, d_bias = torch.zeros_like(neighbour_weight), torch.zeros_like(r)
             d_weight = _centre(d_neighbour)
+        elif weight is not None:
+            w = weight.to(dtype)
 
         if x.numel():
             sum_dy, sum_dy_xmu = planes.reduce(dy, x, m)
         else:
             sum_dy, sum_dy_xmu = torch.zeros_like(m), torch.zeros_like(m)
-
-        # What follows is the gradient with respect to g z, which meets the scale of the affine
-        # step, w, as a plain factor per channel. It is applied last: w may be 0. (The
-        # neighbourhood's kernel has been dealt with above.)
-        w = (
-            weight.to(dtype)
-            if weight is not None and neighbour_weight is None
-            else torch.ones_like(r)
-        )
         d_g = sum_dy_xmu * r + sum_dy * k
         if neighbour_weight is None:
             d_weight = (d_g if g is None else d_g * g).sum(0)
