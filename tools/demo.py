@@ -5,6 +5,7 @@ Without --data it makes its own data set. Run again, it goes on where it was int
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -171,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         'log line has the time left (eta)',
         flush=True,
     )
+    # The set-up compiles mmcv's operators for CPU only.
+    os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
     register_all_modules()
     results = args.work_dir / 'predictions'
     for metric in METRICS:

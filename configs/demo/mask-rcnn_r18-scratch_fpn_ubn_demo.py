@@ -6,20 +6,23 @@ _base_ = [
     '../_base_/ubn.py',
 ]
 norm_cfg = dict(type='UBN')
+# Half the channels, and two samples per RoI bin instead of as many as a large region has pixels:
+# the demo is to take minutes on a CPU.
 model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    neck=dict(norm_cfg=norm_cfg),
+    backbone=dict(base_channels=32, norm_cfg=norm_cfg),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, norm_cfg=norm_cfg),
     # Objects of 20 pixels are common in images of 224.
-    rpn_head=dict(anchor_generator=dict(scales=[4])),
+    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
-        # Two samples per bin instead of as many as a large region has pixels: this is CPU time.
-        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
-        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
-        mask_head=dict(num_convs=2, norm_cfg=norm_cfg),
+        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        bbox_head=dict(in_channels=64, fc_out_channels=256),
+        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, norm_cfg=norm_cfg),
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))
     ),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=30)),
 )
 
 data_root = 'work_dirs/demo/data/'
