@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'annotations/instances_{train,val}.json, or the same with train2017 and val2017',
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
-    parser.add_argument('--max-iters', type=int, help='number of iterations, 400 by default')
+    parser.add_argument('--max-iters', type=int, help='number of iterations, 300 by default')
     return parser.parse_args(argv)
 
 

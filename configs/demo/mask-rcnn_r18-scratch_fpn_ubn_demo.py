@@ -15,12 +15,19 @@ model = dict(
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
-        bbox_head=dict(in_channels=64, fc_out_channels=256),
+        bbox_head=dict(
+            in_channels=64,
+            fc_out_channels=512,
+            # One regressor for all classes learns from all objects.
+            reg_class_agnostic=True,
+            loss_bbox=dict(loss_weight=2.0),
+        ),
         mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
         mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, norm_cfg=norm_cfg),
     ),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rcnn=dict(sampler=dict(num=96, pos_fraction=0.4)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=30)),
 )
@@ -43,17 +50,19 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
     ),
 ]
-train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=train_pipeline))
+train_dataloader = dict(batch_size=8, dataset=dict(data_root=data_root, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-max_iters = 400
+# A larger step than the recipe's: there are few of them.
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+max_iters = 300
 train_cfg = dict(max_iters=max_iters, val_interval=100)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=40),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=40, end=max_iters, T_max=max_iters - 40),
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=30),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=max_iters, T_max=max_iters - 30),
 ]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))
 log_processor = dict(window_size=20)

@@ -1,7 +1,7 @@
 """A small instance segmentation data set in COCO format that the project draws itself.
 
 Five classes that their outline tells apart, on textured backgrounds: textures, rotations, sizes
-and contrasts are drawn without regard to the class, and colours give it away three times in four.
+and contrasts are drawn without regard to the class, and colours give it away four times in five.
 Objects hide each other and leave the image; their annotations are the parts that can still be
 seen.
 """
@@ -27,7 +27,7 @@ _SPLITS = ('train', 'val')
 _MIN_SIDE = 64
 
 # A hint that a small detector can learn in minutes; the outline has to be learnt beside it. BGR.
-_COLOR_TELLS = 0.75
+_COLOR_TELLS = 0.8
 _COLORS = ((60, 60, 200), (200, 90, 50), (60, 190, 70), (50, 200, 220), (190, 60, 190))
 
 # Fixed places instead of a chance per image: every split of eight images or more has both kinds.
@@ -36,16 +36,16 @@ _CROWD_EVERY, _CROWD_AT = 8, 3
 
 # Sizes are the square root of the full area in pixels. COCO parts areas at 32^2 and 96^2; the
 # large band starts above 96 since occlusion takes some of the area away.
-_SIZE_BANDS = ((22, 32), (34, 94), (102, 140))
-_SIZE_SHARES = (0.15, 0.55, 0.3)
+_SIZE_BANDS = ((24, 32), (40, 94), (102, 140))
+_SIZE_SHARES = (0.12, 0.58, 0.3)
 _MAX_SIZE_OF_SIDE = 0.66
-_OBJECTS = (2, 5)
+_OBJECTS = (1, 4)
 _CROWD_MEMBERS = (14, 26)
 _CROWD_SIZES = (7, 11)
 _TRIES = 30
 
 # Below this share of its full area an outline no longer tells the class.
-_MIN_VISIBLE = 0.6
+_MIN_VISIBLE = 0.7
 # A speck that sticks out from behind another object would stretch the box for nothing.
 _MIN_PIECE = 24
 
@@ -547,7 +547,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, outline: _Outline, cate
     image, patch = outline.windows(*canvas.shape[:2])
     inside = outline.patch[patch]
     ground = canvas[image][inside].mean(0)
-    contrast = rng.uniform(30, 50) if rng.uniform() < 0.15 else rng.uniform(70, 150)
+    contrast = rng.uniform(30, 50) if rng.uniform() < 0.1 else rng.uniform(80, 150)
     if rng.uniform() < _COLOR_TELLS:
         middle = np.clip(_COLORS[category] + rng.normal(0, 25, 3), 10, 245)
     else:
