@@ -25,19 +25,30 @@ def convert_sync_ubn(
     Raises:
         ValueError: A layer has a 1-d or 3-d ``affine_kernel``, which SyncUBN lacks.
     """
+    return _convert(module, process_group, {})
+
+
+def _convert(
+    module: nn.Module,
+    process_group: dist.ProcessGroup | None,
+    converted: dict[nn.Module, nn.Module],
+) -> nn.Module:
+    if module in converted:
+        # Two names of one module stay that.
+        return converted[module]
+    converted[module] = module
     if isinstance(module, UBN) and not isinstance(module, SyncUBN):
         if module.affine_kernel > 1 and module._kernel_dims != SyncUBN._kernel_dims:
             raise ValueError(
                 f'affine_kernel={module.affine_kernel} of a {type(module).__name__} has no '
-                'SyncUBN: SyncUBN has a '
-                f'{SyncUBN._kernel_dims}-d neighbourhood'
+                f'SyncUBN: SyncUBN has a {SyncUBN._kernel_dims}-d neighbourhood'
             )
         sync = SyncUBN.__new__(SyncUBN)
         sync.__setstate__(module.__getstate__())
         sync.process_group = process_group
+        converted[module] = sync
         return sync
-    for name, child in module.named_children():
-        converted = convert_sync_ubn(child, process_group)
-        if converted is not child:
-            setattr(module, name, converted)
+    for name, child in module._modules.items():
+        if child is not None:
+            setattr(module, name, _convert(child, process_group, converted))
     return module

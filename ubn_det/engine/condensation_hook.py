@@ -66,7 +66,7 @@ class CondensationHook(Hook):
         if not isinstance(runner.cfg.get('model'), dict):
             # Built by hand: nothing was asked for in a config.
             return
-        asked = list(_find_asked(runner.cfg.model))
+        asked = list(dict.fromkeys(_find_asked(runner.cfg.model)))
         for path in asked:
             _check_component(model, path, runner)
         top_level = runner.cfg.get('norm_cfg')
@@ -103,7 +103,7 @@ class CondensationHook(Hook):
             'BN left over'
         )
         causes = _find_causes(model)
-        if not self._layers:
+        if not any(m.training for m in layers.values()):
             _warn(
                 runner,
                 f'All {len(layers)} UBN layers are in evaluation mode: they normalize with their '
@@ -143,26 +143,39 @@ class CondensationHook(Hook):
         outputs: dict[str, Any] | None = None,
     ) -> None:
         """Hand the scores and the shares to the visualizer at the log interval."""
-        if not self._layers or not self.every_n_inner_iters(batch_idx, self.interval):
+        if not self._layers or not self._is_logged(runner, batch_idx) or not is_main_process():
             return
-        if not is_main_process():
-            return
-        scores = torch.stack([layer.condensation.float() for layer in self._layers.values()])
         before, self._counts = self._counts, self._read_counts()
-        shares = []
-        for i in range(len(self._layers)):
+        shares = {}
+        for i, name in enumerate(self._layers):
             closed = self._counts.condensed[i] - before.condensed[i]
             total = closed + self._counts.tracked[i] - before.tracked[i]
-            shares.append(closed / total if total else 0.0)
+            shares[name] = closed / total if total else 0.0
         scalars = {}
-        for tag, values in (('condensation', scores.tolist()), ('condensed_share', shares)):
-            scalars.update(
-                {f'{tag}/{name}': v for name, v in zip(self._layers, values, strict=True)}
-            )
-            scalars[f'{tag}/mean'] = sum(values) / len(values)
-            scalars[f'{tag}/max'] = max(values)
+        for tag, values in (('condensation', self._read_scores()), ('condensed_share', shares)):
+            if values:
+                scalars.update({f'{tag}/{name}': value for name, value in values.items()})
+                scalars[f'{tag}/mean'] = sum(values.values()) / len(values)
+                scalars[f'{tag}/max'] = max(values.values())
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
-        self._warn_starved(runner)
+        self._warn_starved(runner, before)
+
+    def _is_logged(self, runner: Runner, batch_idx: int) -> bool:
+        """Whether LoggerHook logs this iteration, if its interval is this one's."""
+        dataloader = runner.train_dataloader
+        short = len(dataloader) <= self.interval and self.end_of_epoch(dataloader, batch_idx)
+        return short or self.every_n_inner_iters(batch_idx, self.interval)
+
+    def _read_scores(self) -> dict[str, float]:
+        """Read the scores of all layers that have one, in one transfer."""
+        scores = {
+            name: layer.condensation.float()
+            for name, layer in self._layers.items()
+            if layer.condensation_threshold is not None
+        }
+        if not scores:
+            return {}
+        return dict(zip(scores, torch.stack(list(scores.values())).tolist(), strict=True))
 
     def _read_counts(self) -> _Counts:
         """Read the counters of all layers in one transfer."""
@@ -174,11 +187,13 @@ class CondensationHook(Hook):
         ]
         return _Counts(*torch.stack(counters, dim=1).tolist())
 
-    def _warn_starved(self, runner: Runner) -> None:
+    def _warn_starved(self, runner: Runner, before: _Counts) -> None:
         starved = [
             name
-            for name, readmitted in zip(self._layers, self._counts.readmitted, strict=True)
-            if readmitted and name not in self._starved
+            for name, old, new in zip(
+                self._layers, before.readmitted, self._counts.readmitted, strict=True
+            )
+            if new > old and name not in self._starved
         ]
         if not starved:
             return
@@ -217,12 +232,14 @@ def _asks_for_ubn(cfg: dict[str, Any]) -> bool:
 
 def _find_asked(cfg: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield the path in the model config of each component that asks for UBN."""
-    if isinstance(cfg, dict):
+    if isinstance(cfg, dict) and _asks_for_ubn(cfg):
+        # The component is what the argument belongs to, be it one norm_cfg or a list of them.
+        while path and path[-1].isdigit():
+            path = path[:-1]
+        yield path[:-1]
+    elif isinstance(cfg, dict):
         for key, value in cfg.items():
-            if isinstance(value, dict) and _asks_for_ubn(value):
-                yield path
-            else:
-                yield from _find_asked(value, (*path, key))
+            yield from _find_asked(value, (*path, key))
     elif isinstance(cfg, (list, tuple)):
         for i, value in enumerate(cfg):
             yield from _find_asked(value, (*path, str(i)))

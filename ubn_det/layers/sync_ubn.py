@@ -73,8 +73,9 @@ class SyncUBN(UBN):
         if world_size == 1:
             return super()._gather(batch)
         mean = batch.mean
-        numbers = mean.new_tensor([batch.count, batch.num_pairs])
-        local = torch.cat([mean, batch.var * batch.count, numbers, batch.pair_sum.view(1)])
+        # Filled on the device: a tensor made of Python numbers would wait for it.
+        numbers = [mean.new_full((1,), number) for number in (batch.count, batch.num_pairs)]
+        local = torch.cat([mean, batch.var * batch.count, *numbers, batch.pair_sum.view(1)])
         # gloo has no all_gather into one tensor.
         gathered = local.new_empty(world_size, local.numel())
         dist.all_gather(list(gathered.unbind()), local, group=self.process_group)
