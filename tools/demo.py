@@ -108,8 +108,7 @@ def check_same_run(work_dir: Path, settings: dict[str, object]) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise FileExistsError(
             f'{work_dir} holds a run with other settings ({path.read_text()}). Choose another '
-            'folder with '
-            'WORK_DIR=... (--work-dir) or remove this one'
+            'folder with WORK_DIR=... (--work-dir) or remove this one'
         )
     path.write_text(json.dumps(settings))
 
@@ -168,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f'demo: {error}', file=sys.stderr)
         return 2
     print(
-        f'demo: training {cfg.train_cfg.max_iters} iterations, about 5 minutes on two cores; each '
-        'log line has the time left (eta)',
+        f'demo: training {cfg.train_cfg.max_iters} iterations, about 5 minutes on two cores; '
+        'each log line has the time left (eta)',
         flush=True,
     )
     # The set-up compiles mmcv's operators for CPU only.

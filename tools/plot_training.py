@@ -78,7 +78,7 @@ def _plot_curves(
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        axes.legend(fontsize=8, framealpha=0.5)
 
 
 def _plot_heatmap(

@@ -24,13 +24,12 @@ _INSTEAD = {
     'convert': (
         'would replace UBN by plain SyncBatchNorm and drop its rectifiers and its gate. Use '
         "norm_cfg=dict(type='SyncUBN') or ubn_det.convert_sync_ubn(model) instead; in a config "
-        'remove sync_bn, and '
-        'set use_syncbn=False where a detector has it (RTMDet has it on by default)'
+        'remove sync_bn, and set use_syncbn=False where a detector has it (RTMDet has it on by '
+        'default)'
     ),
     'fuse': (
         'would fold UBN into its convolution as if it were BN and drop its rectifiers. Run the '
-        'model unfused: leave '
-        'out --fuse-conv-bn and efficient_conv_bn_eval'
+        'model unfused: leave out --fuse-conv-bn and efficient_conv_bn_eval'
     ),
 }
 

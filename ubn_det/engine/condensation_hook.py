@@ -73,10 +73,8 @@ class CondensationHook(Hook):
         if isinstance(top_level, dict) and _asks_for_ubn(top_level) and not asked:
             raise RuntimeError(
                 "norm_cfg=dict(type='UBN') at the top level of a config that inherits its model "
-                'changes nothing: the '
-                'base config has already used its own norm_cfg. Set it where the norms are, for '
-                'example '
-                'model=dict(backbone=dict(norm_cfg=norm_cfg))'
+                'changes nothing: the base config has already used its own norm_cfg. Set it '
+                'where the norms are, for example model=dict(backbone=dict(norm_cfg=norm_cfg))'
             )
 
     def before_train(self, runner: Runner) -> None:
@@ -96,28 +94,24 @@ class CondensationHook(Hook):
         stuck = [name for name, layer in layers.items() if _is_stuck_at_identity(layer)]
         runner.logger.info(
             f'UBN: {len(layers)} layers ({sum(isinstance(m, SyncUBN) for m in layers.values())} '
-            'SyncUBN), '
-            f'{len(self._layers)} train their statistics, {len(layers) - len(self._layers)} do '
-            'not, '
-            f'{len(stuck)} have their rectifiers frozen at the identity; {plain} layers of plain '
-            'BN left over'
+            f'SyncUBN), {len(self._layers)} train their statistics, '
+            f'{len(layers) - len(self._layers)} do not, {len(stuck)} have their rectifiers '
+            f'frozen at the identity; {plain} layers of plain BN left over'
         )
         causes = _find_causes(model)
         if not any(m.training for m in layers.values()):
             _warn(
                 runner,
                 f'All {len(layers)} UBN layers are in evaluation mode: they normalize with their '
-                'running statistics, never '
-                f'move them and never look at the condensation score. {causes}',
+                'running statistics, never move them and never look at the condensation score. '
+                f'{causes}',
             )
         if len(stuck) == len(layers):
             _warn(
                 runner,
                 f'The rectifiers of all {len(layers)} UBN layers are frozen at 0, so that they '
-                'are plain BN for good. '
-                "Set requires_grad=True in norm_cfg (a base config's requires_grad=False is "
-                'inherited unless norm_cfg has '
-                f'_delete_=True). {causes}',
+                "are plain BN for good. Set requires_grad=True in norm_cfg (a base config's "
+                f'requires_grad=False is inherited unless norm_cfg has _delete_=True). {causes}',
             )
         for name, module in model.named_modules():
             if getattr(module, 'norm_eval', False) is True:
@@ -128,11 +122,9 @@ class CondensationHook(Hook):
                     _warn(
                         runner,
                         f'norm_eval=True of {name or "the model"} ({type(module).__name__}) is '
-                        'ignored for its '
-                        f'{len(ignored)} UBN layers, which train their statistics: it looks for '
-                        'nn.BatchNorm2d only. '
-                        'Set norm_eval=False there to say that this is meant, or use BN in that '
-                        'module',
+                        f'ignored for its {len(ignored)} UBN layers, which train their '
+                        'statistics: it looks for nn.BatchNorm2d only. Set norm_eval=False '
+                        'there to say that this is meant, or use BN in that module',
                     )
 
     def after_train_iter(
@@ -202,10 +194,9 @@ class CondensationHook(Hook):
         _warn(
             runner,
             f'The gate was closed {" or ".join(map(str, patience))} batches in a row, so that '
-            'one batch was let through to '
-            f'keep the running statistics from going stale, in {", ".join(starved)}. If this '
-            'goes on, raise '
-            'condensation_threshold, or use larger batches',
+            'one batch was let through to keep the running statistics from going stale, in '
+            f'{", ".join(starved)}. If this goes on, raise condensation_threshold, or use larger '
+            'batches',
         )
 
 
@@ -267,10 +258,8 @@ def _check_component(model: nn.Module, path: tuple[str, ...], runner: Runner) ->
         return
     raise RuntimeError(
         f'{where} asks for UBN but the model has {", ".join(sorted(replaced))} there: something '
-        'replaced the layers. Remove '
-        'sync_bn from the config, set use_syncbn=False where the detector has it, and use '
-        'SyncUBN for statistics over '
-        'all ranks'
+        'replaced the layers. Remove sync_bn from the config, set use_syncbn=False where the '
+        'detector has it, and use SyncUBN for statistics over all ranks'
     )
 
 

@@ -321,11 +321,9 @@ class UBN(_BatchNorm):
         """Return the statistics of the whole batch from those of this process's part."""
         if batch.count == 1:
             raise ValueError(
-                'Expected more than 1 value per channel when training, got a batch with a single '
-                'one: '
-                'its variance is undefined. Use more samples or larger maps, or SyncUBN, which '
-                'counts '
-                'over all ranks'
+                'Expected more than 1 value per channel when training, got a batch with a '
+                'single one: its variance is undefined. Use more samples or larger maps, or '
+                'SyncUBN, which counts over all ranks'
             )
         return batch
 
@@ -395,11 +393,9 @@ class UBN(_BatchNorm):
         ):
             raise RuntimeError(
                 f'{type(self).__name__} was called more than once inside activation '
-                'checkpointing (with_cp) before '
-                'the backward pass, and kept the statistics of its last call only. Checkpoint '
-                'each call of the layer '
-                'in a training step at most once, or exclude the modules that share it from '
-                'checkpointing'
+                'checkpointing (with_cp) before the backward pass, and kept the statistics of '
+                'its last call only. Checkpoint each call of the layer in a training step at '
+                'most once, or exclude the modules that share it from checkpointing'
             )
         return kept.decision
 
@@ -418,15 +414,13 @@ class UBN(_BatchNorm):
         ):
             raise ValueError(
                 f'affine_kernel={self.affine_kernel} of {name} is a {self._kernel_dims}-d '
-                'neighbourhood, got '
-                f'{dim}-D input: use UBN1d, UBN2d or UBN3d as the input has 1, 2 or 3 dimensions '
-                'after (N, C)'
+                f'neighbourhood, got {dim}-D input: use UBN1d, UBN2d or UBN3d as the input has '
+                '1, 2 or 3 dimensions after (N, C)'
             )
         if input.shape[1] != self.num_features:
             raise ValueError(
                 f'{name} has num_features={self.num_features}, got an input with '
-                f'{input.shape[1]} channels '
-                f'(shape {tuple(input.shape)})'
+                f'{input.shape[1]} channels (shape {tuple(input.shape)})'
             )
         if not input.is_floating_point():
             raise TypeError(f'{name} expects a floating point input, got {input.dtype}')
@@ -476,12 +470,11 @@ class UBN(_BatchNorm):
         """Return the arguments."""
         return (
             f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, '
-            f'affine={self.affine}, '
-            f'track_running_stats={self.track_running_stats}, '
+            f'affine={self.affine}, track_running_stats={self.track_running_stats}, '
             f'condensation_threshold={self.condensation_threshold}, '
-            f'on_condensed={self.on_condensed!r}, '
-            f'warmup={self.warmup}, patience={self.patience}, centering={self.centering}, '
-            f'scaling={self.scaling}, affine_kernel={self.affine_kernel}'
+            f'on_condensed={self.on_condensed!r}, warmup={self.warmup}, '
+            f'patience={self.patience}, centering={self.centering}, scaling={self.scaling}, '
+            f'affine_kernel={self.affine_kernel}'
         )
 
 
