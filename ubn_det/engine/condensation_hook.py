@@ -241,8 +241,6 @@ def _check_component(model: nn.Module, path: tuple[str, ...], runner: Runner) ->
     component = model
     for key in path:
         child = getattr(component, key, None)
-        if isinstance(component, nn.ModuleList) and key.isdigit() and int(key) < len(component):
-            child = component[int(key)]
         if not isinstance(child, nn.Module):
             # Config and module differ in structure from here on; what was found so far contains
             # the component.

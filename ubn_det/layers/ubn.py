@@ -247,6 +247,9 @@ class UBN(_BatchNorm):
                 None if t is None else t.to(dtype)
                 for t in (self.running_mean, self.running_var, self.weight, self.bias)
             )
+            if torch.is_grad_enabled():
+                # A training forward before the backward pass moves the buffers in place.
+                mean, var = mean.clone(), var.clone()
             return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
 
         as_vector = self.affine_kernel > 1 and x.dim() == 2
