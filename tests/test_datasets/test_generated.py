@@ -150,7 +150,7 @@ def test_split_has_every_kind(coco):
     empty = [image_id for image_id in coco.imgs if not coco.getAnnIds(image_id)]
     assert 0 < len(empty) <= len(coco.imgs) / 8
     areas = np.array([item['area'] for item in objects])
-    assert np.mean(areas < 32**2) > 0.15
+    assert np.mean(areas < 32**2) > 0.1
     assert np.mean((areas >= 32**2) & (areas < 96**2)) > 0.3
     assert np.mean(areas >= 96**2) > 0.05
 
@@ -158,8 +158,9 @@ def test_split_has_every_kind(coco):
 def test_objects_hide_each_other(coco, scenes):
     objects = objects_of(scenes)
     shown = np.array([item.visible.sum() / item.full.sum() for item in objects])
-    assert np.mean(shown < 1) > 0.3
-    assert np.mean(shown < 0.8) > 0.1
+    # At least seven tenths of each are left, so that a small detector can learn them in minutes.
+    assert np.mean(shown < 1) > 0.25
+    assert np.mean(shown < 0.9) > 0.1
     # Some in such a way that more than one part is left.
     annotations = coco.loadAnns(coco.getAnnIds(iscrowd=False))
     assert any(len(item['segmentation']) > 1 for item in annotations)
@@ -170,7 +171,7 @@ def test_objects_leave_the_image_but_stay_recognisable(scenes):
     assert any(item.full.sum() < item.full_area for item in objects)
     for item in objects:
         assert not (item.visible & ~item.full).any()
-        assert item.visible.sum() >= 0.55 * item.full_area
+        assert item.visible.sum() >= 0.7 * item.full_area
 
 
 @pytest.mark.parametrize('name', CLASSES)
