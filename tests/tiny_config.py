@@ -49,14 +49,7 @@ train_pipeline = [
     dict(type='Resize', scale=(96, 96), keep_ratio=True),
     dict(type='PackDetInputs'),
 ]
-train_dataloader = dict(
-    batch_size=2,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        data_root=data_root, metainfo=dict(classes={classes}), pipeline=train_pipeline
-    ),
-)
+train_dataloader = dict(loading, batch_size=2, dataset=dict(dataset, pipeline=train_pipeline))
 val_dataloader = loading
 test_dataloader = loading
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')

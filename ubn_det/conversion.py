@@ -50,5 +50,7 @@ def _convert(
         return sync
     for name, child in module._modules.items():
         if child is not None:
-            setattr(module, name, _convert(child, process_group, converted))
+            replacement = _convert(child, process_group, converted)
+            if replacement is not child:
+                setattr(module, name, replacement)
     return module

@@ -91,11 +91,11 @@ class CondensationHook(Hook):
         }
         self._counts = self._read_counts()
         plain = sum(isinstance(m, _BatchNorm) and not isinstance(m, UBN) for m in model.modules())
-        stuck = [name for name, layer in layers.items() if _is_stuck_at_identity(layer)]
+        num_stuck = sum(_is_stuck_at_identity(layer) for layer in layers.values())
         runner.logger.info(
             f'UBN: {len(layers)} layers ({sum(isinstance(m, SyncUBN) for m in layers.values())} '
             f'SyncUBN), {len(self._layers)} train their statistics, '
-            f'{len(layers) - len(self._layers)} do not, {len(stuck)} have their rectifiers '
+            f'{len(layers) - len(self._layers)} do not, {num_stuck} have their rectifiers '
             f'frozen at the identity; {plain} layers of plain BN left over'
         )
         causes = _find_causes(model)
@@ -106,7 +106,7 @@ class CondensationHook(Hook):
                 'running statistics, never move them and never look at the condensation score. '
                 f'{causes}',
             )
-        if len(stuck) == len(layers):
+        if num_stuck == len(layers):
             _warn(
                 runner,
                 f'The rectifiers of all {len(layers)} UBN layers are frozen at 0, so that they '

@@ -84,7 +84,6 @@ def prepare(cfg: Config) -> None:
     cfg.custom_hooks = hooks
 
     if cfg.get('launcher') == 'pytorch' and not torch.cuda.is_available():
-        os.environ.setdefault('RANK', os.environ['LOCAL_RANK'])
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
         if not dist.is_initialized():
             dist.init_process_group(

@@ -293,10 +293,10 @@ class UBN(_BatchNorm):
                     mean = torch.where(gate, mean, self.running_mean.to(mean.dtype))
                     var = torch.where(gate, var, self.running_var.to(var.dtype))
                 self._move_running_stats(batch, opened)
-            count = batch.count.clamp_min(1) if isinstance(batch.count, Tensor) else batch.count
-            decision = Decision(
-                mean, var, BatchStatistics(count, gate, self._gradient_all_reduce())
+            statistics = BatchStatistics(
+                _at_least_one(batch.count), gate, self._gradient_all_reduce()
             )
+            decision = Decision(mean, var, statistics)
         return decision, m
 
     def _describe(self, x: Tensor, m: Tensor, v: Tensor) -> Batch:
@@ -348,14 +348,9 @@ class UBN(_BatchNorm):
             seen = batch.count > 0
             opened = opened & (batch.count > 1)
         if self.condensation_threshold is not None:
-            defined = batch.num_pairs > 0
-            num_pairs = batch.num_pairs
-            num_pairs = (
-                num_pairs.clamp_min(1) if isinstance(num_pairs, Tensor) else max(num_pairs, 1)
-            )
             # Rounding may lift the score of equal samples over 1.
-            score = (batch.pair_sum / num_pairs).clamp(-1, 1)
-            defined = torch.isfinite(score) & defined
+            score = (batch.pair_sum / _at_least_one(batch.num_pairs)).clamp(-1, 1)
+            defined = torch.isfinite(score) & (batch.num_pairs > 0)
             self.condensation.copy_(torch.where(defined, score, self.condensation.to(score.dtype)))
             if self.momentum is not None:
                 over = defined & (score > self.condensation_threshold)
@@ -371,8 +366,7 @@ class UBN(_BatchNorm):
 
     def _move_running_stats(self, batch: Batch, opened: Tensor) -> None:
         """Move the running statistics towards the batch's where ``opened``, by BN's formula."""
-        count = batch.count
-        unbiased = count / ((count - 1).clamp_min(1) if isinstance(count, Tensor) else count - 1)
+        unbiased = batch.count / _at_least_one(batch.count - 1)
         factor = self.momentum
         if factor is None:
             factor = 1 / self.num_batches_tracked.clamp_min(1).to(batch.mean.dtype)
@@ -534,6 +528,11 @@ def _is_recomputing() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
+
+
+def _at_least_one(number: int | Tensor) -> int | Tensor:
+    """Make a count fit to divide by; over several ranks it is a tensor."""
+    return number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
