@@ -6,6 +6,7 @@ anew. Each use forms a group of its own, so that a broken one harms no other.
 
 import atexit
 import itertools
+import math
 import multiprocessing.connection
 import pickle
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # In seconds. A collective that one rank never joins becomes an error after this time.
 TIMEOUT = 60
@@ -77,25 +77,28 @@ def run(world_size, function, *args):
     return [results[rank] for rank in range(world_size)]
 
 
-class Collectives(TorchDispatchMode):
+class Collectives:
     """Records the collectives of this process, whatever function of torch started them.
 
     Attributes:
-        log (list[tuple[str, int]]): Name of each, such as 'allreduce_', and the number of values
-            that this rank put in.
+        log (list[tuple[str, int]]): gloo's name of each, such as 'all_reduce', and the number of
+            values that this rank put in.
     """
 
     def __init__(self):
-        super().__init__()
         self.log = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ('c10d', '_c10d_functional'):
-            # Of an all_gather the first argument is the output.
-            tensors = args[1] if 'gather' in func._opname else args[0]
-            flat = torch.utils._pytree.tree_leaves(tensors)
-            self.log.append((func._opname, sum(t.numel() for t in flat)))
-        return func(*args, **(kwargs or {}))
+    def __enter__(self):
+        self._profile = torch.autograd.profiler.profile(use_kineto=False, record_shapes=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *raised):
+        self._profile.__exit__(*raised)
+        for event in self._profile.function_events:
+            backend, _, name = event.name.partition(':')
+            if backend == 'gloo':
+                self.log.append((name, sum(math.prod(s) for s in event.input_shapes)))
 
 
 class _Worker:

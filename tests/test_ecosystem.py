@@ -757,12 +757,13 @@ class TestTransforms:
 
     @pytest.mark.parametrize('training', [True, False])
     @pytest.mark.parametrize('affine_kernel', [1, 3])
-    def test_compile(self, training, affine_kernel):
+    @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+    def test_compile(self, training, affine_kernel, backend):
         torch.compiler.reset()
         model = make_model(condensation_threshold=-1, warmup=2, affine_kernel=affine_kernel)
         model.train(training)
         reference = copy.deepcopy(model)
-        compiled = torch.compile(model, backend='eager', fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
 
         def train():
             x = torch.randn(2, 3, 6, 6)
@@ -779,6 +780,50 @@ class TestTransforms:
         assert_same(model.state_dict(), reference.state_dict())
         if training:
             assert [getattr(model[1], key).item() for key in COUNTERS] == [2, 2]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize('training', [True, False])
+    def test_compile_by_inductor(self, training):
+        torch.compiler.reset()
+        model = make_model(condensation_threshold=-1, warmup=1).train(training)
+        reference = copy.deepcopy(model)
+        compiled = torch.compile(model, fullgraph=True)
+        for _ in range(2):
+            x = torch.randn(2, 3, 6, 6)
+            ys = [module(x) for module in (compiled, reference)]
+            torch.testing.assert_close(*ys, rtol=1e-5, atol=1e-5)
+            for y in ys:
+                y.square().sum().backward()
+        torch.testing.assert_close(model.state_dict(), reference.state_dict())
+        for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_recompiles_only_where_bn_does(self, training):
+        def recompilations(norm):
+            torch.compiler.reset()
+            model = make_model(norm).train(training)
+            counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+            compiled = torch.compile(model, backend=counter, fullgraph=True)
+            for shape in [(2, 3, 6, 6), (2, 3, 8, 9), (3, 3, 12, 7), (5, 3, 40, 30), (4, 3, 5, 5)]:
+                compiled(torch.randn(shape)).sum().backward()
+            return counter.frame_count
+
+        assert recompilations(UBN(4)) == recompilations(nn.BatchNorm2d(4)) <= 3
+
+    def test_a_compiled_model_sees_one_operator_each_way(self):
+        torch.compiler.reset()
+        seen = []
+
+        def backend(graph, inputs):
+            seen.append([str(node.target) for node in graph.graph.nodes])
+            return graph
+
+        torch.compile(UBN(3), backend=backend, fullgraph=True)(torch.randn(2, 3, 4, 4))
+        (targets,) = seen
+        assert [t for t in targets if 'ubn_det' in t] == [
+            'ubn_det.unified_batch_norm_training.default'
+        ]
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def test_score_is_not_computed_where_nothing_uses_it(kwargs, training, monkeypat
     def refuse(*_):
         raise AssertionError('the score was computed')
 
-    monkeypatch.setattr('ubn_det.layers.ubn.condensation_score', refuse)
+    monkeypatch.setattr('ubn_det.ops.batch_statistics.condensation_score', refuse)
     layer = UBN(3, **{'condensation_threshold': 0.5, **kwargs}).train(training)
     layer(identical().float())
     if layer.condensation is not None:

@@ -37,8 +37,8 @@ COUNTERS = (
 
 # The collectives of one layer. Per channel a mean and a sum of squared deviations, then count,
 # pair count and pair sum; and per channel the gradients of mean and variance.
-FORWARD = ('allgather_', 2 * C + 3)
-BACKWARD = ('allreduce_', 2 * C)
+FORWARD = ('all_gather', 2 * C + 3)
+BACKWARD = ('all_reduce', 2 * C)
 
 ALWAYS_CONDENSED = dict(condensation_threshold=-1.0, warmup=0)
 
@@ -938,3 +938,25 @@ def test_error_of_a_rank_is_reported():
         distributed.run(3, fail_on_one_rank)
     # And does no harm to what comes after.
     assert distributed.run(3, int) == [0, 1, 2]
+
+
+def train_compiled(rank, params, xs, dys):
+    layers = [build({}, params) for _ in range(2)]
+    steps = []
+    for layer in (layers[0], torch.compile(layers[1], backend='aot_eager', fullgraph=True)):
+        x = xs[rank].clone().requires_grad_()
+        with Collectives() as collectives:
+            y = layer(x)
+            y.backward(dys[rank])
+        steps.append((y.detach(), x.grad, collectives.log))
+    return steps, [buffers(layer) for layer in layers]
+
+
+def test_compiled_layer_synchronises():
+    params = random_params(C, 2)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 4, 2)]))
+    for (plain, compiled), (before, after) in distributed.run(2, train_compiled, params, xs, dys):
+        for a, b in zip(plain[:2], compiled[:2], strict=True):
+            assert_close(a, b, 'compiled')
+        assert plain[2] == compiled[2] == [FORWARD, BACKWARD]
+        torch.testing.assert_close(before, after)

@@ -513,9 +513,10 @@ def test_autocast_after_a_convolution(dtype):
 
 @pytest.mark.parametrize('config', [PLAIN, CONFIGS['rectifiers'], CONFIGS['all']], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_the_input_is_the_only_activation_kept(config, dtype):
+@pytest.mark.parametrize('shape', [(2, 64, 50, 76), (64, 64, 14, 14), (64, 64, 7, 7)], ids=str)
+def test_the_input_is_the_only_activation_kept(config, dtype, shape):
     layer = UBN(64, **config)
-    x = torch.randn(2, 64, 50, 76).to(dtype).requires_grad_()
+    x = torch.randn(shape).to(dtype).requires_grad_()
     sizes = []
 
     def pack(t):
@@ -525,6 +526,33 @@ def test_the_input_is_the_only_activation_kept(config, dtype):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     assert x.nbytes <= sum(sizes) <= 1.01 * x.nbytes
+
+
+# BN's own kernel
+
+
+@pytest.mark.parametrize(
+    'changed', [None, 'center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight']
+)
+@pytest.mark.parametrize('frozen', [True, False])
+def test_bns_own_kernel_runs_where_all_else_is_zero(changed, frozen, monkeypatch):
+    calls = []
+    batch_norm = torch.nn.functional.batch_norm
+    monkeypatch.setattr(
+        'torch.nn.functional.batch_norm', lambda *args: calls.append(1) or batch_norm(*args)
+    )
+    layer = UBN(4, affine_kernel=3).eval()
+    if changed:
+        torch.nn.init.constant_(getattr(layer, changed)[-1], 1e-3)
+    for name in ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'):
+        getattr(layer, name).requires_grad_(not frozen)
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    y = layer(x)
+    # With gradients that its own parameters want, it is never BN.
+    assert len(calls) == (changed is None and frozen)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y)
+        assert len(calls) == (0 if changed else 1 + frozen)
 
 
 NAMES = ('weight', 'bias', 'center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')

@@ -67,7 +67,7 @@ def test_as_planes(shape):
 @dtypes
 def test_moments(shape, dtype, device):
     x = (torch.randn(shape, device=device) * 2 + 3).to(dtype)
-    mean, var = planes.moments(x)
+    mean, var, _ = planes.moments(x)
     assert mean.shape == var.shape == shape[:2]
     exact = x.double().reshape(*shape[:2], -1)
     kept = planes.accumulate_dtype(dtype)
@@ -80,7 +80,7 @@ def test_moments(shape, dtype, device):
 def test_moments_of_half_precision_do_not_overflow(dtype, device):
     x = torch.full((2, 3, 16, 16), 4096.0, device=device)
     x[..., ::2] = -4096.0
-    mean, var = planes.moments(x.to(dtype))
+    mean, var, _ = planes.moments(x.to(dtype))
     # The squares are far beyond float16 and exact in float32.
     check(mean, torch.zeros(2, 3, device=device).double(), torch.float32)
     check(var, torch.full((2, 3), 4096.0**2, device=device).double(), torch.float32)
@@ -88,7 +88,7 @@ def test_moments_of_half_precision_do_not_overflow(dtype, device):
 
 def test_moments_of_a_large_mean_do_not_cancel(device):
     x = torch.randn(4, 3, 32, 32, device=device) + 1e4
-    _, var = planes.moments(x)
+    _, var, _ = planes.moments(x)
     exact = x.double().flatten(2).var(2, unbiased=False)
     # The mean is rounded to about 1e-3, which adds its square to the variance; E[x^2] - mean^2 in
     # float32 is off by about 10.
@@ -99,7 +99,7 @@ def test_moments_of_a_large_mean_do_not_cancel(device):
 def test_moments_of_nothing_are_zero(shape, device):
     x = torch.empty(shape, device=device)
     zeros = torch.zeros(shape[:2], device=device)
-    for moment in (*planes.moments(x), planes.instance_mean(x)):
+    for moment in (*planes.moments(x)[:2], planes.instance_mean(x)):
         torch.testing.assert_close(moment, zeros, rtol=0, atol=0)
 
 
@@ -112,6 +112,31 @@ def test_affine(shape, dtype, device):
     assert y.shape == x.shape
     expected = spread(scale, x) * (x.double() - spread(mean, x)) + spread(shift, x)
     check(y, expected, dtype)
+
+
+@shapes
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_rescale_of_the_standardized_features(shape, dtype):
+    x = (torch.randn(shape) * 2 + 3).to(dtype)
+    x[0, 0] = 7.0  # has no variance
+    mean, _, standardized = planes.moments(x)
+    scale, shift = (rows(shape, dtype, 'cpu') for _ in range(2))
+    y = planes.rescale_(standardized, scale, shift)
+    assert y.shape == x.shape
+    assert y.data_ptr() == standardized.z.data_ptr() != x.data_ptr()
+    assert not y._is_view()
+    check(y, spread(scale, x) * (x.double() - spread(mean, x)) + spread(shift, x), dtype)
+
+
+def test_moments_of_constant_planes(device):
+    x = torch.full((2, 3, 5, 7), 1e-3, device=device)
+    x[1] = 0
+    mean, var, _ = planes.moments(x)
+    assert torch.equal(mean[1], torch.zeros(3, device=device))
+    torch.testing.assert_close(mean[0], x[0, :, 0, 0])
+    assert (var[1] == 0).all()
+    # What rounding of the mean may leave.
+    assert (var[0] < 1e-18).all()
 
 
 def test_affine_result_is_no_view(device):
@@ -147,6 +172,13 @@ def test_affine_backward(shape, dtype, device):
     expected = spread(scale, x) * dy.double() + spread(shift, x)
     expected = expected + spread(slope, x) * (x.double() - spread(mean, x))
     check(dx, spread(weight, x) * expected, dtype)
+
+
+def test_affine_backward_without_slope_and_weight(device):
+    x, dy = torch.randn(2, 2, 3, 4, 4, device=device).unbind()
+    mean, scale, shift = (rows(x.shape, x.dtype, device) for _ in range(3))
+    dx = planes.affine_backward(dy, x, mean, scale, None, shift, None)
+    torch.testing.assert_close(dx.double(), spread(scale, x) * dy + spread(shift, x))
 
 
 def test_affine_backward_with_a_scale_of_zero(device):

@@ -1,10 +1,20 @@
 """Tests of the autograd function against the plain composition of operators in float64."""
 
+import sys
+
 import pytest
 import reference
 import torch
 
-from ubn_det.ops import BatchStatistics, planes, unified_batch_norm
+from ubn_det.ops import (
+    Buffers,
+    Parameters,
+    Rule,
+    Statistics,
+    planes,
+    unified_batch_norm,
+    unified_batch_norm_training,
+)
 
 EPS = 1e-3
 
@@ -44,23 +54,21 @@ def make(shape, names, kernel=3):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True), params
 
 
-def apply(x, params, mean=None, var=None, **statistics):
-    """Call the function under test as the layer does; return the output and the statistics."""
-    if mean is not None:
-        y = unified_batch_norm(x, planes.instance_mean(x.detach()), mean, var, EPS, **params)
-        return y, mean, var
-    with torch.no_grad():
-        mean, var, count = reference.statistics(x, params)
-    y = unified_batch_norm(
-        x,
-        planes.instance_mean(x.detach()),
-        mean,
-        var,
-        EPS,
-        statistics=BatchStatistics(**{'count': count, **statistics}),
-        **params,
-    )
-    return y, mean, var
+def apply(x, params, mean=None, var=None, opened=True, group=None):
+    """Call the function under test as the layer does; return the output and the statistics.
+
+    Given statistics are constants unless ``opened`` is False: then they stand in for the batch's.
+    """
+    share = None
+    if mean is None:
+        with torch.no_grad():
+            mean, var, count = reference.statistics(x, params)
+        share = torch.tensor(opened / count, dtype=mean.dtype, device=mean.device)
+    elif not opened:
+        share = torch.zeros((), dtype=mean.dtype)
+    statistics = Statistics(mean, var, share, group)
+    m = planes.instance_mean(x.detach())
+    return unified_batch_norm(x, Parameters(**params), EPS, statistics, m), mean, var
 
 
 def grads(y, x, params, dy):
@@ -118,7 +126,7 @@ def test_gradcheck(names):
 @pytest.mark.parametrize('opened', [True, False])
 def test_gate_decides_whether_statistics_have_a_gradient(names, opened):
     x, params = make((3, 4, 5, 6), names)
-    y, mean, var = apply(x, params, gate=torch.tensor(opened))
+    y, mean, var = apply(x, params, opened=opened)
     given = () if opened else (mean, var)
     expected, *_ = reference.ubn(x, params, EPS, *given)
     dy = torch.randn_like(y)
@@ -131,9 +139,7 @@ def test_a_closed_gate_keeps_a_gradient_that_is_not_finite_out():
         x[1, 2, 3, 3] = float('nan')
     # Running statistics normalize, and no factor of 0 stands between them and the NaN.
     mean, var = running(3)
-    statistics = BatchStatistics(32, torch.tensor(False))
-    m = planes.instance_mean(x.detach())
-    y = unified_batch_norm(x, m, mean, var, EPS, statistics=statistics, **params)
+    y, *_ = apply(x, params, mean, var, opened=False)
     expected, *_ = reference.ubn(x, params, EPS, mean, var)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -143,24 +149,26 @@ def test_a_closed_gate_keeps_a_gradient_that_is_not_finite_out():
 
 
 @names
-def test_parts_with_all_reduce_equal_the_whole(names):
+def test_parts_with_all_reduce_equal_the_whole(names, monkeypatch):
     x, params = make((5, 4, 3, 6), names)
     expected, mean, var = reference.ubn(x, params, EPS)
     dy = torch.randn_like(expected)
     whole = grads(expected, x, params, dy)
-    mean, var, count = mean.detach(), var.detach(), torch.tensor(5 * 3 * 6.0)
+    share = torch.tensor(1 / (5 * 3 * 6), dtype=torch.float64)
+    statistics = Statistics(mean.detach(), var.detach(), share, 'a group')
 
     def run(part, all_reduce):
-        piece = x[part].detach().requires_grad_()
-        y = unified_batch_norm(
-            piece,
-            planes.instance_mean(piece.detach()),
-            mean,
-            var,
-            EPS,
-            statistics=BatchStatistics(count, None, all_reduce),
-            **params,
+        def collective(t, group):
+            assert group == 'a group'
+            all_reduce(t)
+
+        monkeypatch.setattr(
+            sys.modules[unified_batch_norm.__module__], 'resolve', lambda name: name
         )
+        monkeypatch.setattr(torch.distributed, 'all_reduce', collective)
+        piece = x[part].detach().requires_grad_()
+        m = planes.instance_mean(piece.detach())
+        y = unified_batch_norm(piece, Parameters(**params), EPS, statistics, m)
         return y, grads(y, piece, params, dy[part])
 
     parts = [slice(0, 2), slice(2, 5), slice(5, 5)]
@@ -241,6 +249,105 @@ def test_no_gradient_for_an_input_that_wants_none():
         torch.autograd.grad(expected, params.values(), dy),
         **CLOSE,
     )
+
+
+# Instance means of maps of 128 values are kept, those of smaller ones taken again.
+@pytest.mark.parametrize('shape', [(3, 4, 8, 16), (3, 4, 127)], ids=str)
+def test_small_instance_means_are_not_kept(shape):
+    x, params = make(shape, RECTIFIERS['rectifiers and affine'])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y, *_ = apply(x, params)
+    assert any(t.shape == shape[:2] for t in kept) == (shape[2:] == (8, 16))
+    expected, *_ = reference.ubn(x, params, EPS)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(grads(y, x, params, dy), grads(expected, x, params, dy), **CLOSE)
+
+
+def training_operator(x, params, buffers, rule):
+    """Call the training operator itself; return its arguments too, as torch.library checks it."""
+    values = [params.get(name) for name in Parameters._fields]
+    args = (x, *values, EPS, *(buffers or [None] * len(Buffers._fields)), *rule, None)
+    return torch.ops.ubn_det.unified_batch_norm_training.default, args
+
+
+def make_buffers(num_features):
+    counters = [torch.zeros((), dtype=torch.long) for _ in range(3)]
+    zero = torch.zeros((), dtype=torch.long)
+    return Buffers(*running(num_features), zero, torch.zeros(()), *counters)
+
+
+@names
+@pytest.mark.parametrize('opened', [True, False])
+def test_training_operator(names, opened):
+    x, params = make((3, 4, 5, 6), names)
+    buffers = make_buffers(4)
+    before = Buffers(*(b.clone() for b in buffers))
+    rule = Rule(0.1, 1.0 if opened else -1.0, 0, 100, False)
+    y, m, statistics = unified_batch_norm_training(x, Parameters(**params), EPS, buffers, rule)
+    given = () if opened else before[:2]
+    expected, mean, var = reference.ubn(x, params, EPS, *given)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, **CLOSE)
+    torch.testing.assert_close(grads(y, x, params, dy), grads(expected, x, params, dy), **CLOSE)
+    torch.testing.assert_close(m, x.detach().mean((2, 3)), **CLOSE)
+    torch.testing.assert_close(statistics.mean, mean.detach(), **CLOSE)
+    torch.testing.assert_close(statistics.var, var.detach(), **CLOSE)
+    assert statistics.share == pytest.approx(1 / 90 if opened else 0)
+    assert buffers.num_batches_tracked == opened
+    assert buffers.num_batches_condensed == (not opened)
+    assert not any(t.requires_grad for t in (m, *statistics[:3]))
+
+
+@pytest.mark.parametrize('names', RECTIFIERS.values(), ids=RECTIFIERS)
+@pytest.mark.parametrize('has_buffers', [True, False])
+def test_operators_keep_torch_librarys_rules(names, has_buffers):
+    # Schema, fake results, autograd registration and AOT dispatch with symbolic shapes.
+    x, params = make((3, 4, 8, 16), names)
+    buffers = make_buffers(4) if has_buffers else None
+    operator, args = training_operator(x, params, buffers, Rule(0.1, 0.5, 0, 100, False))
+    torch.library.opcheck(operator, args)
+    y, m, *chosen = operator(*args)
+    chosen = [t.clone() for t in chosen]
+    values = [params.get(name) for name in Parameters._fields]
+    torch.library.opcheck(
+        torch.ops.ubn_det.unified_batch_norm.default, (x, *values, EPS, m, *chosen, None)
+    )
+    x, values = x.detach(), [None if v is None else v.detach() for v in values]
+    torch.library.opcheck(
+        torch.ops.ubn_det.unified_batch_norm_backward.default,
+        (
+            torch.randn_like(x),
+            x,
+            values[0],
+            *values[2:],
+            m,
+            *chosen[:2],
+            EPS,
+            chosen[2],
+            None,
+            True,
+        ),
+    )
+
+
+def test_undefined_gradient_is_zero():
+    x, params = make((3, 4, 5, 6), RECTIFIERS['all'])
+    y, *_ = apply(x, params)
+
+    class Undefined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    # Another path to the input, so that the backward pass has something to do.
+    loss = Undefined.apply(y).sum() + x.sum()
+    (dx,) = torch.autograd.grad(loss, x)
+    assert torch.equal(dx, torch.ones_like(x))
 
 
 def test_differentiable_once():

@@ -1,15 +1,11 @@
 """Unified Batch Normalization with statistics and decisions over all ranks."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from mmengine.registry import MODELS
-from torch import Tensor
 
-from .ubn import UBN, Batch
+from .ubn import UBN
 
 
 @MODELS.register_module()
@@ -54,45 +50,19 @@ class SyncUBN(UBN):
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self._group = _GroupHandle(group)
 
-    def _world_size(self) -> int:
-        """Return the number of ranks that share this forward's statistics."""
+    def _group_name(self) -> str | None:
         if not (self.training and dist.is_available() and dist.is_initialized()):
-            return 1
-        if self._group.lost:
+            return None
+        group = self._group
+        if group.lost:
             raise RuntimeError(
                 'process_group of this SyncUBN did not survive pickling: set '
                 'layer.process_group, None for all ranks'
             )
-        size = dist.get_world_size(self.process_group)
-        if size < 1:
+        world_size = dist.get_world_size(group.group)
+        if world_size < 1:
             raise RuntimeError('process_group of this SyncUBN does not contain this rank')
-        return size
-
-    def _gather(self, batch: Batch) -> Batch:
-        world_size = self._world_size()
-        if world_size == 1:
-            return super()._gather(batch)
-        mean = batch.mean
-        # Filled on the device: a tensor made of Python numbers would wait for it.
-        numbers = [mean.new_full((1,), number) for number in (batch.count, batch.num_pairs)]
-        local = torch.cat([mean, batch.var * batch.count, *numbers, batch.pair_sum.view(1)])
-        # gloo has no all_gather into one tensor.
-        gathered = local.new_empty(world_size, local.numel())
-        dist.all_gather(list(gathered.unbind()), local, group=self.process_group)
-
-        # Chan's formula. An empty rank has zeros everywhere.
-        means, deviations, rest = gathered.split([len(mean), len(mean), 3], dim=1)
-        counts, num_pairs, pair_sums = rest.unbind(1)
-        count = counts.sum()
-        counts, divisor = counts.unsqueeze(1), count.clamp_min(1)
-        mean = (counts * means).sum(0) / divisor
-        var = (deviations + counts * (means - mean).square()).sum(0) / divisor
-        return Batch(count, mean, var, pair_sums.sum(), num_pairs.sum())
-
-    def _gradient_all_reduce(self) -> Callable[[Tensor], None] | None:
-        if self._world_size() == 1:
-            return None
-        return functools.partial(dist.all_reduce, group=self.process_group)
+        return group.name if world_size > 1 else None
 
     def extra_repr(self) -> str:
         """Return UBN's arguments and the process group where it is not all ranks."""
@@ -106,6 +76,8 @@ class _GroupHandle:
 
     def __init__(self, group: dist.ProcessGroup | None, lost: bool = False) -> None:
         self.group = group
+        # A rank outside of it has a placeholder without a name.
+        self.name = '' if group is None else getattr(group, 'group_name', None)
         self.lost = lost
 
     def __deepcopy__(self, memo: dict[int, Any]) -> '_GroupHandle':

@@ -3,7 +3,6 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,15 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ubn_det.ops import BatchStatistics, condensation_score, planes, unified_batch_norm
+from ubn_det.ops import (
+    Buffers,
+    Parameters,
+    Rule,
+    Statistics,
+    planes,
+    unified_batch_norm,
+    unified_batch_norm_training,
+)
 
 ON_CONDENSED = ('running', 'freeze')
 EXTRA_PARAMETERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
@@ -25,43 +32,16 @@ GATE_BUFFERS = (
 )
 
 
-class Batch(NamedTuple):
-    """What a batch says of itself: its statistics and how alike its samples are.
-
-    Args:
-        count (int | Tensor): Values per channel.
-        mean (Tensor): mu of the centered input, (C,).
-        var (Tensor): Its biased variance, (C,).
-        pair_sum (Tensor): Sum of the cosine similarity over all ordered pairs of samples, 0-dim; 0
-            without a threshold.
-        num_pairs (int | Tensor): Number of ordered pairs.
-    """
-
-    count: int | Tensor
-    mean: Tensor
-    var: Tensor
-    pair_sum: Tensor
-    num_pairs: int | Tensor
-
-
-class Decision(NamedTuple):
-    """The statistics that normalize a batch, and how they depend on it."""
-
-    mean: Tensor
-    var: Tensor
-    statistics: BatchStatistics | None
-
-
 class Kept(NamedTuple):
     """What a forward that may be recomputed leaves for its second run.
 
     Args:
-        decision (Decision): What normalized the batch.
+        statistics (Statistics): What normalized the batch.
         instance_mean (Tensor): m of the input, (N, C), by which the second run knows it.
         follows_another (bool): Whether an earlier forward's was still there.
     """
 
-    decision: Decision
+    statistics: Statistics
     instance_mean: Tensor
     follows_another: bool
 
@@ -228,159 +208,99 @@ class UBN(_BatchNorm):
             Tensor: Shape, type and memory format of ``input``.
         """
         self._check_input(input)
-        if self.training or self.running_mean is None:
-            x = input.contiguous()
-            if self.training and _is_recomputing():
-                instance_mean = planes.instance_mean(x.detach())
-                decision = self._recall(instance_mean)
-            else:
-                decision, instance_mean = self._decide(x.detach())
-                if self.training and _may_be_recomputed():
-                    self._kept = Kept(decision, instance_mean, self._kept is not None)
-        elif self.centering or self.scaling or self.affine_kernel > 1:
-            x = input.contiguous()
-            decision = Decision(self.running_mean, self.running_var, None)
-            instance_mean = planes.instance_mean(x.detach())
-        else:
-            dtype = planes.accumulate_dtype(input.dtype)
-            mean, var, weight, bias = (
-                None if t is None else t.to(dtype)
-                for t in (self.running_mean, self.running_var, self.weight, self.bias)
-            )
-            if torch.is_grad_enabled():
-                # A training forward before the backward pass moves the buffers in place.
-                mean, var = mean.clone(), var.clone()
-            return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+        takes_batch = self.training or self.running_mean is None
+        if not takes_batch and self._is_bn(input):
+            return self._bn(input)
 
+        x = input.contiguous()
         as_vector = self.affine_kernel > 1 and x.dim() == 2
-        y = unified_batch_norm(
-            x.unsqueeze(-1) if as_vector else x,
-            instance_mean,
-            decision.mean,
-            decision.var,
-            self.eps,
-            weight=self.weight,
-            bias=self.bias,
-            center_weight=self.center_weight,
-            scale_weight=self.scale_weight,
-            scale_bias=self.scale_bias,
-            neighbour_weight=self.neighbour_weight,
-            statistics=decision.statistics,
+        if as_vector:
+            x = x.unsqueeze(-1)
+        parameters = Parameters(
+            self.weight,
+            self.bias,
+            self.center_weight,
+            self.scale_weight,
+            self.scale_bias,
+            self.neighbour_weight,
         )
+        if not takes_batch:
+            statistics = Statistics(self.running_mean, self.running_var)
+            instance_mean = planes.instance_mean(x.detach())
+            y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
+        elif self.training and _is_recomputing():
+            instance_mean = planes.instance_mean(x.detach())
+            statistics = self._recall(instance_mean)
+            y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
+        else:
+            y, instance_mean, statistics = unified_batch_norm_training(
+                x, parameters, self.eps, self._buffers_in_use(), self._rule(), self._group_name()
+            )
+            if self.training and _may_be_recomputed():
+                self._kept = Kept(statistics, instance_mean, self._kept is not None)
         if as_vector:
             y = y.squeeze(-1)
-        return y.contiguous(memory_format=_memory_format(input))
+        memory_format = _memory_format(input)
+        return y if memory_format is None else y.contiguous(memory_format=memory_format)
 
-    @torch.no_grad()
-    def _decide(self, x: Tensor) -> tuple[Decision, Tensor]:
-        """Choose what normalizes a batch, and move the running statistics if it may.
+    def _is_bn(self, input: Tensor) -> bool:
+        """Whether there is nothing that BN lacks, or all of it at 0: then BN's own kernel runs."""
+        extras = [getattr(self, name) for name in EXTRA_PARAMETERS]
+        extras = [extra for extra in extras if extra is not None]
+        if not extras:
+            return True
+        # A GPU would have to be waited for, and what traces would keep the answer for good.
+        if (
+            input.is_cuda
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or (torch.is_grad_enabled() and any(e.requires_grad for e in extras))
+        ):
+            return False
+        return not any(e.any() for e in extras)
 
-        Returns:
-            tuple[Decision, Tensor]: The decision and the instance mean of ``x``, (N, C).
-        """
-        m, v = planes.moments(x)
-        batch = self._gather(self._describe(x, m, v))
-        if isinstance(batch.count, int) and batch.count == 0:
-            # Nothing to normalize; the output is tied to the graph all the same.
-            decision = Decision(batch.mean, batch.var, None)
-        else:
-            gate = None
-            mean, var = batch.mean, batch.var
-            if self.training and self.running_mean is not None:
-                opened = self._gate(batch)
-                if self.on_condensed == 'running':
-                    gate = opened
-                    mean = torch.where(gate, mean, self.running_mean.to(mean.dtype))
-                    var = torch.where(gate, var, self.running_var.to(var.dtype))
-                self._move_running_stats(batch, opened)
-            statistics = BatchStatistics(
-                _at_least_one(batch.count), gate, self._gradient_all_reduce()
-            )
-            decision = Decision(mean, var, statistics)
-        return decision, m
+    def _bn(self, input: Tensor) -> Tensor:
+        dtype = planes.accumulate_dtype(input.dtype)
+        mean, var, weight, bias = (
+            None if t is None else t.to(dtype)
+            for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        if torch.is_grad_enabled():
+            # A training forward before the backward pass moves the buffers in place.
+            mean, var = mean.clone(), var.clone()
+        return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
 
-    def _describe(self, x: Tensor, m: Tensor, v: Tensor) -> Batch:
-        """Return the statistics and the score of this process's part of the batch."""
-        count = x.numel() // x.shape[1]
-        if count == 0:
-            zeros = m.new_zeros(m.shape[1])
-            return Batch(0, zeros, zeros, zeros[0], 0)
-        centered = m
-        if self.center_weight is not None:
-            centered = torch.addcmul(m, m, self.center_weight.to(m.dtype))
-        # Exact, since every instance channel has the same number of values, and without
-        # cancellation.
-        mean = centered.mean(0)
-        var = v.mean(0) + (centered - mean).square().mean(0)
-        num, pair_sum = x.shape[0], mean.new_zeros(())
-        num_pairs = num * (num - 1)
-        watching = self.training and self.running_mean is not None
-        if num_pairs and watching and self.condensation_threshold is not None:
-            square_norm = (v + m.square()).sum(1) * x.shape[2:].numel()
-            pair_sum = condensation_score(x, square_norm) * num_pairs
-        return Batch(count, mean, var, pair_sum, num_pairs)
+    def _buffers_in_use(self) -> Buffers | None:
+        if not self.training or self.running_mean is None:
+            return None
+        return Buffers(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.condensation,
+            self.num_batches_condensed,
+            self.num_batches_readmitted,
+            self.consecutive_condensed,
+        )
 
-    def _gather(self, batch: Batch) -> Batch:
-        """Return the statistics of the whole batch from those of this process's part."""
-        if batch.count == 1:
-            raise ValueError(
-                'Expected more than 1 value per channel when training, got a batch with a '
-                'single one: its variance is undefined. Use more samples or larger maps, or '
-                'SyncUBN, which counts over all ranks'
-            )
-        return batch
+    def _rule(self) -> Rule:
+        return Rule(
+            self.momentum,
+            self.condensation_threshold,
+            self.warmup,
+            self.patience,
+            self.on_condensed == 'freeze',
+        )
 
-    def _gradient_all_reduce(self) -> Callable[[Tensor], None] | None:
-        """Return what sums the statistics' gradient over the ranks that share them."""
+    def _group_name(self) -> str | None:
+        """Return the name of the process group that shares the statistics, '' for all ranks."""
         return None
 
-    def _gate(self, batch: Batch) -> Tensor:
-        """Decide whether the batch is let through, and count it.
+    def _recall(self, instance_mean: Tensor) -> Statistics:
+        """Return the statistics of the forward that activation checkpointing runs again.
 
-        Returns:
-            Tensor: 0-dim bool.
-        """
-        # One sum instead of a test per value: a NaN or an infinity in any channel survives it.
-        opened = torch.isfinite(batch.mean.sum() + batch.var.sum())
-        seen = torch.ones_like(opened)
-        if isinstance(batch.count, Tensor):
-            # Over all ranks there may be no value or a single one, which has no variance.
-            seen = batch.count > 0
-            opened = opened & (batch.count > 1)
-        if self.condensation_threshold is not None:
-            # Rounding may lift the score of equal samples over 1.
-            score = (batch.pair_sum / _at_least_one(batch.num_pairs)).clamp(-1, 1)
-            defined = torch.isfinite(score) & (batch.num_pairs > 0)
-            self.condensation.copy_(torch.where(defined, score, self.condensation.to(score.dtype)))
-            if self.momentum is not None:
-                over = defined & (score > self.condensation_threshold)
-                over = over & (self.num_batches_tracked >= self.warmup)
-                starved = self.consecutive_condensed >= self.patience
-                self.num_batches_readmitted.add_(opened & over & starved)
-                opened = opened & (~over | starved)
-        closed = seen & ~opened
-        self.num_batches_tracked.add_(opened)
-        self.num_batches_condensed.add_(closed)
-        self.consecutive_condensed.add_(closed).mul_(~opened)
-        return opened
-
-    def _move_running_stats(self, batch: Batch, opened: Tensor) -> None:
-        """Move the running statistics towards the batch's where ``opened``, by BN's formula."""
-        unbiased = batch.count / _at_least_one(batch.count - 1)
-        factor = self.momentum
-        if factor is None:
-            factor = 1 / self.num_batches_tracked.clamp_min(1).to(batch.mean.dtype)
-        for running, new in (
-            (self.running_mean, batch.mean),
-            (self.running_var, batch.var * unbiased),
-        ):
-            old = running.to(new.dtype)
-            running.copy_(torch.where(opened, (1 - factor) * old + factor * new, old))
-
-    def _recall(self, instance_mean: Tensor) -> Decision:
-        """Return the decision of the forward that activation checkpointing runs again.
-
-        The decision depends on counters that the first run has moved, so it cannot be made again.
+        Their choice depends on counters that the first run has moved, so it cannot be made again.
         """
         kept, self._kept = self._kept, None
         # Where an earlier call was never recomputed, make sure that the last one is meant: only
@@ -394,7 +314,7 @@ class UBN(_BatchNorm):
                 'its last call only. Checkpoint each call of the layer in a training step at '
                 'most once, or exclude the modules that share it from checkpointing'
             )
-        return kept.decision
+        return kept.statistics
 
     def _check_input(self, input: Tensor) -> None:
         name = type(self).__name__
@@ -530,21 +450,13 @@ def _is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _at_least_one(number: int | Tensor) -> int | Tensor:
-    """Make a count fit to divide by; over several ranks it is a tensor."""
-    return number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Return channels_last (2d or 3d) where ``x`` is stored so and only so, else contiguous."""
+def _memory_format(x: Tensor) -> torch.memory_format | None:
+    """Return channels_last (2d or 3d) where ``x`` is stored so and only so."""
+    if x.is_contiguous():
+        return None
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if (
-        channels_last is None
-        or x.is_contiguous()
-        or torch._prims_common.suggest_memory_format(x) != channels_last
-    ):
-        return torch.contiguous_format
-    return channels_last
+    is_so = channels_last and torch._prims_common.suggest_memory_format(x) == channels_last
+    return channels_last if is_so else None
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:

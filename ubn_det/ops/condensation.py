@@ -5,6 +5,9 @@ similarity of the features of different samples rises) and the threshold on it; 
 is this project's reading of it.
 """
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,21 +36,42 @@ def condensation_score(x: Tensor, square_norm: Tensor) -> Tensor:
         Tensor: The score, 0-dim, in [-1, 1] up to rounding; not finite where ``x`` is not.
     """
     num, flat, dtype = x.shape[0], x.flatten(1), accumulate_dtype(x.dtype)
+    if num <= _MAX_PAIRWISE and x.dtype == dtype and not x.is_cuda:
+        return square_norm.new_full((), _score_on_host(flat, square_norm.tolist()))
     inverse_norm = torch.where(square_norm == 0, 0.0, square_norm.rsqrt())
-    # sum_{i != j} <u_i, u_j> of the unit vectors u, directly or as |sum_i u_i|^2 - sum_i |u_i|^2.
-    total = (
-        -(square_norm != 0).sum().to(dtype) if num > _MAX_PAIRWISE else square_norm.new_zeros(())
-    )
-    for part in flat.split(flat.shape[1] if x.dtype == dtype else max(1, _PART // num), dim=1):
-        part = part.to(dtype)
-        if num > _MAX_PAIRWISE:
-            # Autocast would round both to half precision.
-            with torch.autocast(x.device.type, enabled=False):
-                vector = inverse_norm @ part
-                total = total + torch.dot(vector, vector)
-            continue
-        for i in range(1, num):
-            for j in range(i):
-                cosine = torch.dot(part[i], part[j]) * (inverse_norm[i] * inverse_norm[j])
-                total = total + 2 * cosine
+    size = flat.shape[1] if x.dtype == dtype else max(1, _PART // num)
+    # One part at a time is widened.
+    parts = (p if p.dtype == dtype else p.to(dtype) for p in flat.split(size, dim=1))
+    if num <= _MAX_PAIRWISE:
+        total = sum(_pairs(part, inverse_norm) for part in parts).mul_(2)
+    else:
+        # sum_{i != j} <u_i, u_j> of the unit vectors u as |sum_i u_i|^2 - sum_i |u_i|^2.
+        # Autocast would round both products to half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            vectors = (inverse_norm @ part for part in parts)
+            total = sum(torch.dot(vector, vector) for vector in vectors)
+        total = total - (square_norm != 0).sum()
     return total / (num * (num - 1))
+
+
+def _score_on_host(flat: Tensor, square_norms: list[float]) -> float:
+    """Compute the score with Python's numbers: on CPU they are at hand, and cost less."""
+    rows, num = flat.unbind(), len(square_norms)
+    total = 0.0
+    for i, j in itertools.combinations(range(num), 2):
+        # Not the root of the product, which may overflow.
+        norms = math.sqrt(square_norms[i]) * math.sqrt(square_norms[j])
+        if norms:
+            total += torch.dot(rows[i], rows[j]).item() / norms
+    return 2 * total / (num * (num - 1))
+
+
+def _pairs(part: Tensor, inverse_norm: Tensor) -> Tensor:
+    """Sum of the products over the unordered pairs of samples of (N, D), each pair's scaled."""
+    rows, scales = part.unbind(), inverse_norm.unbind()
+    products = [
+        torch.dot(rows[i], rows[j]).mul_(scales[i]).mul_(scales[j])
+        for i in range(1, len(rows))
+        for j in range(i)
+    ]
+    return products[0] if len(products) == 1 else torch.stack(products).sum()

@@ -5,6 +5,8 @@ channel, work per instance channel. Each function makes one pass over memory (``
 two on CPU). On CUDA the kernels are those that ``nn.SyncBatchNorm`` calls.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ _aten = torch.ops.aten
 # Below any product g * r of a working layer; keeps a fully closed scaling gate from dividing by
 # zero on CUDA.
 _TINY = 1e-20
+
+# Keeps a constant instance channel from dividing by zero; far below any eps.
+_TINY_VARIANCE = 1e-30
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,27 +30,81 @@ def as_planes(x: Tensor) -> Tensor:
     return x.view(1, x.shape[0] * x.shape[1], -1)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every instance channel.
+class Standardized(NamedTuple):
+    """Features whose every instance channel has mean 0 and variance 1.
+
+    Args:
+        z (Tensor): (N, C, *S).
+        inverse_std (Tensor): What ``x - mean`` was multiplied by, (N, C).
+    """
+
+    z: Tensor
+    inverse_std: Tensor
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Standardized | None]:
+    """Mean and biased variance of every instance channel, and what falls off on the way.
+
+    On CPU the group-norm kernel takes them, Welford's algorithm in vectors, at 2 to 4 times the
+    speed of the batch-norm kernel, which adds up value by value. It also writes the standardized
+    features, into the memory that the layer's output needs in any case; from there
+    :func:`rescale_` makes the output in place, for less than that memory's page faults cost.
 
     Args:
         x (Tensor): Contiguous (N, C, *S).
 
     Returns:
-        tuple[Tensor, Tensor]: Mean and variance, both (N, C), in float32 at least; 0 for an
-        instance channel without values.
+        tuple[Tensor, Tensor, Standardized | None]: Mean and variance, both (N, C), in float32 at
+        least, 0 for an instance channel without values; and the standardized features, or None
+        where only the moments were taken.
     """
     dtype = accumulate_dtype(x.dtype)
+    shape = x.shape[:2]
     if x.numel() == 0:
-        return x.new_zeros(x.shape[:2], dtype=dtype), x.new_zeros(x.shape[:2], dtype=dtype)
+        return x.new_zeros(shape, dtype=dtype), x.new_zeros(shape, dtype=dtype), None
     planes = as_planes(x)
-    buffers = (None, None)
+    if x.is_cuda:
+        mean, var = torch.batch_norm_update_stats(planes, None, None, 0.0)
+        return mean.view(shape), var.view(shape), None
     if x.dtype != dtype:
-        # The CPU kernel returns its statistics in the type of the buffers it is given; half is not
+        # The kernel returns its statistics in the type of the buffers it is given; half is not
         # enough for them. Two buffers, not one twice: the kernel writes to both.
-        buffers = tuple(x.new_zeros(planes.shape[1], dtype=dtype) for _ in range(2))
-    mean, var = torch.batch_norm_update_stats(planes, *buffers, 0.0)
-    return mean.view(x.shape[:2]), var.view(x.shape[:2])
+        buffers = (x.new_zeros(planes.shape[1], dtype=dtype) for _ in range(2))
+        mean, var = torch.batch_norm_update_stats(planes, *buffers, 0.0)
+        return mean.view(shape), var.view(shape), None
+    num, size = planes.shape[1:]
+    z, mean, inverse_std = _aten.native_group_norm(
+        planes, None, None, 1, num, size, num, _TINY_VARIANCE
+    )
+    var = inverse_std.square().reciprocal_().sub_(_TINY_VARIANCE)
+    # Where there is none, rounding leaves a millionth of what was added.
+    torch.threshold_(var, 1e-3 * _TINY_VARIANCE, 0.0)
+    standardized = Standardized(_aten._unsafe_view(z, x.shape), inverse_std.view(shape))
+    return mean.view(shape), var.view(shape), standardized
+
+
+def rescale_(standardized: Standardized, scale: Tensor, shift: Tensor) -> Tensor:
+    """Make of standardized features, in place, ``scale * (x - mean) + shift``.
+
+    Args:
+        standardized (Standardized): Of x.
+        scale (Tensor): (N, C).
+        shift (Tensor): (N, C).
+
+    Returns:
+        Tensor: What was ``standardized.z``.
+    """
+    z, inverse_std = standardized
+    scale = (scale / inverse_std).flatten()
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    planes = as_planes(z)
+    _aten.native_batch_norm.out(
+        *(planes, scale, shift.flatten(), zero, one, False, 0.0, 0.0),
+        out=planes,
+        save_mean=scale.new_empty(0),
+        save_invstd=scale.new_empty(0),
+    )
+    return z
 
 
 def instance_mean(x: Tensor) -> Tensor:
@@ -110,9 +169,9 @@ def affine_backward(
     x: Tensor,
     mean: Tensor,
     scale: Tensor,
-    slope: Tensor,
+    slope: Tensor | None,
     shift: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
 ) -> Tensor:
     """Compute ``weight * (scale * dy + slope * (x - mean) + shift)``.
 
@@ -124,14 +183,17 @@ def affine_backward(
         x (Tensor): Contiguous, the shape and type of ``dy``.
         mean (Tensor): (N, C).
         scale (Tensor): (N, C), not negative.
-        slope (Tensor): (C,).
+        slope (Tensor, optional): (C,); None for 0.
         shift (Tensor): (N, C).
-        weight (Tensor): (C,).
+        weight (Tensor, optional): (C,); None for 1.
 
     Returns:
         Tensor: Shape and type of ``x``.
     """
-    slope = slope.expand_as(mean)
+    if slope is None:
+        if weight is not None:
+            scale, shift = weight * scale, weight * shift
+        return affine(dy, torch.zeros_like(mean), scale, shift)
     if x.is_cuda:
         scale = scale.clamp_min(_TINY)
         dx = torch.batch_norm_backward_elemt(
@@ -139,14 +201,16 @@ def affine_backward(
             as_planes(x),
             mean.flatten(),
             torch.ones_like(mean).flatten(),
-            (weight * scale).flatten(),
+            (scale if weight is None else weight * scale).flatten(),
             (-shift / scale).flatten(),
             (-slope / scale).flatten(),
             torch.ones(1, dtype=torch.int32, device=x.device),
         )
         return dx.view(x.shape)
 
-    scale, slope, shift = weight * scale, weight * slope, weight * shift
+    if weight is not None:
+        scale, slope, shift = weight * scale, weight * slope, weight * shift
+    slope = slope.expand_as(mean)
     column = (1, -1, 1)
     if x.dtype == mean.dtype:
         dx = as_planes(affine(x, mean, slope, shift))
@@ -155,5 +219,5 @@ def affine_backward(
         dx = torch.addcmul(
             (shift - slope * mean).view(column), as_planes(x), slope.reshape(column)
         )
-    dx.addcmul_(as_planes(dy), scale.view(column))
+    dx.addcmul_(as_planes(dy), scale.reshape(column))
     return dx.to(x.dtype).view(x.shape)
