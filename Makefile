@@ -4,6 +4,7 @@ PYTHON ?= python3
 WORK_DIR ?= work_dirs/demo
 DATA ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV_PYTHON := .venv/bin/python
 
@@ -12,7 +13,7 @@ VENV_PYTHON := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
@@ -29,6 +30,14 @@ demo: setup  ## run the main job, on DATA where it is given; results in WORK_DIR
 
 test: setup  ## run the tests, with PYTEST_ARGS
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+# Threads wait as PyTorch lets them; the second run keeps every page of memory.
+bench: setup  ## measure speed and memory beside BN and others; writes docs/performance.*
+	env -u OMP_WAIT_POLICY $(VENV_PYTHON) tools/benchmark_norm.py docs/performance.csv $(BENCH_ARGS)
+	env -u OMP_WAIT_POLICY MALLOC_TRIM_THRESHOLD_=17179869184 \
+	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) tools/benchmark_norm.py \
+	    docs/performance.csv --suites layer growth $(BENCH_ARGS)
+	$(VENV_PYTHON) tools/report_performance.py docs/performance.csv
 
 lint: setup  ## check the code's style; changes nothing
 	$(VENV_PYTHON) -m ruff check --no-cache .

@@ -10,6 +10,7 @@ import collections
 import csv
 import datetime
 import math
+import os
 import platform
 import random
 import shlex
@@ -50,7 +51,7 @@ GROWTH = {
 RANKS = (1, 2, 4)
 RANKS_SHAPE = (2, 256, 50, 84)
 COLUMNS = (
-    *('date', 'commit', 'machine', 'device', 'torch', 'threads', 'command'),
+    *('date', 'commit', 'machine', 'device', 'allocator', 'torch', 'threads', 'command'),
     *('suite', 'method', 'case', 'mode', 'dtype', 'memory_format', 'unit', 'samples'),
     *('low', 'median', 'high', 'baseline', 'ratio_low', 'ratio', 'ratio_high'),
 )
@@ -155,10 +156,17 @@ def describe_run(device: str) -> Row:
         commit=commit,
         machine=name,
         device=device,
+        allocator=allocator(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         command=shlex.join(['tools/benchmark_norm.py', *sys.argv[1:]]),
     )
+
+
+def allocator() -> str:
+    """Return whether the C library was told to keep memory that is freed."""
+    kept = {'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'} <= os.environ.keys()
+    return 'kept' if kept else 'default'
 
 
 def cpu_name() -> str:
@@ -521,6 +529,8 @@ def ranks_suite(args: argparse.Namespace) -> Iterator[Row]:
             samples, sent = queue.get()
         what = dict(case=f'ranks={world_size}')
         yield from rows_of(samples, 'UBN', mode='forward+backward', unit='ms', **what)
+        if world_size == 1:
+            continue
         for quantity, counts in sent.items():
             for mode, count in counts.items():
                 yield from rows_of(
@@ -580,13 +590,13 @@ def count_collectives(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, dict
     sent: dict[str, dict[str, int]] = {'calls': {}, 'bytes': {}}
     y = None
     for mode in ('forward', 'backward'):
-        with torch.profiler.profile(record_shapes=True) as profile:
+        with torch.autograd.profiler.profile(use_kineto=False, record_shapes=True) as profile:
             if y is None:
                 y = layer(x)
             else:
                 y.backward(dy)
         # What the backends call their collectives; the statistics are float32.
-        events = [e for e in profile.events() if e.name.startswith(('gloo:', 'nccl:'))]
+        events = [e for e in profile.function_events if e.name.startswith(('gloo:', 'nccl:'))]
         sent['calls'][mode] = len(events)
         sent['bytes'][mode] = sum(4 * math.prod(s) for e in events for s in e.input_shapes)
     return sent
