@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
-	@echo 'Variables: PYTHON=$(PYTHON)  WORK_DIR=$(WORK_DIR)  DATA=$(DATA)  PYTEST_ARGS=$(PYTEST_ARGS)'
+	@echo 'Variables: PYTHON=$(PYTHON)  WORK_DIR=$(WORK_DIR)  DATA=$(DATA)  PYTEST_ARGS=$(PYTEST_ARGS)  BENCH_ARGS=$(BENCH_ARGS)'
 
 setup:  ## make or update .venv (10 minutes the first time, then a second)
 	@command -v "$(PYTHON)" >/dev/null || { echo 'set-up: failed: $(PYTHON) was not found.' \
