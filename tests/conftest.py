@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # For `import reference`, in whatever way pytest imports the tests.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,3 +25,11 @@ def device(request):
     if request.param == 'cuda' and not torch.cuda.is_available():
         pytest.skip('needs an accelerator')
     return torch.device(request.param)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Form a group of this process alone."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -826,14 +826,6 @@ class TestTransforms:
         ]
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    """Form a group of this process alone."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures('process_group')
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_fully_shard(dtype):

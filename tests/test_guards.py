@@ -20,7 +20,6 @@ import mmengine.runner.runner
 import pytest
 import torch
 import torch.ao.quantization
-import torch.distributed as dist
 import torch.fx.experimental.optimization
 import torch.nn.utils.fusion
 import torch.utils.mkldnn
@@ -149,14 +148,6 @@ def test_conversion_to_sync_bn_raises(entry, layer, nested):
     with pytest.raises(RuntimeError, match=rf'convert_sync_ubn.*use_syncbn=False.*{found}'):
         CONVERSIONS[entry](model)
     assert summary(model) == before
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """Form a group of this process alone, without which mmcv's SyncBatchNorm cannot be made."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('entry', CONVERSIONS)

@@ -1,5 +1,6 @@
 """A Mask R-CNN and a data set that train in seconds, for tests that run the real tools."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -101,3 +102,13 @@ def run_tool(*command, check=True, **environment):
         output = f'{done.stdout[-2000:]}\n{done.stderr[-6000:]}'
         raise AssertionError(f'{command} exited with {done.returncode}\n{output}')
     return done
+
+
+def load_tool(name, monkeypatch):
+    """Import a tool as a module; its neighbours in tools/ can be imported too."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module

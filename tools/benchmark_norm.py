@@ -9,6 +9,7 @@ import argparse
 import collections
 import csv
 import datetime
+import functools
 import math
 import os
 import platform
@@ -248,6 +249,7 @@ def rows_of(samples: dict[str, list[float]], baseline: str, **what: Any) -> Iter
 # ---------------------------------------------------------------------------------------- layers
 
 
+@functools.cache
 def norm_shapes(scale: float) -> dict[tuple[int, ...], int]:
     """Read off Mask R-CNN R50-FPN what its norms are fed, without computing anything.
 
@@ -503,10 +505,10 @@ def growth_suite(args: argparse.Namespace) -> Iterator[Row]:
             shape = (size['N'], size['C'], size['side'], size['side'])
             x, dy = make_input(shape, args, 'float32', 'contiguous')
             layers = make_layers(shape[1], args.device, 'contiguous')
-            layers = {name: layers[name] for name in ('BN', 'UBN', 'UBN, stage 1 off')}
+            layers = {method: layers[method] for method in ('BN', 'UBN', 'UBN, stage 1 off')}
             calls = layer_calls(layers, x, dy, 'forward+backward')
             samples = interleave(calls, args.rounds, args.device)
-            yield from rows_of(samples, 'BN', case=f'{name}={value}', mode=f'{name}', unit='ms')
+            yield from rows_of(samples, 'BN', case=f'{name}={value}', mode=name, unit='ms')
 
 
 # ----------------------------------------------------------------------------------------- ranks

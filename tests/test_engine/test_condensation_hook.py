@@ -8,7 +8,6 @@ from pathlib import Path
 import mmdet.models
 import pytest
 import torch
-import torch.distributed as dist
 from mmcv.cnn import ConvModule
 from mmcv.ops import SyncBatchNorm as MMCVSyncBatchNorm
 from mmdet.models.layers import FrozenBatchNorm2d
@@ -613,14 +612,6 @@ def test_norm_cfg_that_the_model_uses_is_no_error(tmp_path):
 REPLACEMENTS = (nn.BatchNorm2d, nn.SyncBatchNorm, MMCVSyncBatchNorm, FrozenBatchNorm2d)
 # How a config may name the layer.
 UBN_TYPES = ('UBN', 'mmengine.UBN', 'SyncUBN', UBN, UBN2d, SyncUBN)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """Form a group of this process alone, without which mmcv's SyncBatchNorm cannot be made."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('norm', REPLACEMENTS)

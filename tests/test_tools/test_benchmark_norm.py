@@ -1,25 +1,15 @@
 """The benchmark on small sizes, and its report on rows with a known answer."""
 
 import csv
-import importlib.util
 import sys
 
 import pytest
 import reference
 import torch
-from tiny_config import ROOT, run_tool
+from tiny_config import ROOT, load_tool, run_tool
 
 BENCHMARK = ROOT / 'tools/benchmark_norm.py'
 REPORT = ROOT / 'tools/report_performance.py'
-
-
-def load_tool(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path):

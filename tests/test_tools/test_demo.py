@@ -1,12 +1,11 @@
 """The demo on a small data set, and its pictures."""
 
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
-from tiny_config import ROOT, run_tool
+from tiny_config import ROOT, load_tool, run_tool
 
 from ubn_det.datasets import generate_coco
 
@@ -52,14 +51,6 @@ def test_demo_names_what_a_data_folder_lacks(tmp_path):
     assert done.returncode == 2
     assert 'annotations/instances_train.json' in done.stderr
     assert 'Traceback' not in done.stderr
-
-
-def load_tool(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

@@ -224,20 +224,19 @@ class UBN(_BatchNorm):
             self.scale_bias,
             self.neighbour_weight,
         )
-        if not takes_batch:
-            statistics = Statistics(self.running_mean, self.running_var)
-            instance_mean = planes.instance_mean(x.detach())
-            y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
-        elif self.training and _is_recomputing():
-            instance_mean = planes.instance_mean(x.detach())
-            statistics = self._recall(instance_mean)
-            y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
-        else:
+        if takes_batch and not (self.training and _is_recomputing()):
             y, instance_mean, statistics = unified_batch_norm_training(
                 x, parameters, self.eps, self._buffers_in_use(), self._rule(), self._group_name()
             )
             if self.training and _may_be_recomputed():
                 self._kept = Kept(statistics, instance_mean, self._kept is not None)
+        else:
+            instance_mean = planes.instance_mean(x.detach())
+            if takes_batch:
+                statistics = self._recall(instance_mean)
+            else:
+                statistics = Statistics(self.running_mean, self.running_var)
+            y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
         if as_vector:
             y = y.squeeze(-1)
         memory_format = _memory_format(input)

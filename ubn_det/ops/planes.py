@@ -63,13 +63,12 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Standardized | None]:
     if x.numel() == 0:
         return x.new_zeros(shape, dtype=dtype), x.new_zeros(shape, dtype=dtype), None
     planes = as_planes(x)
-    if x.is_cuda:
-        mean, var = torch.batch_norm_update_stats(planes, None, None, 0.0)
-        return mean.view(shape), var.view(shape), None
-    if x.dtype != dtype:
-        # The kernel returns its statistics in the type of the buffers it is given; half is not
-        # enough for them. Two buffers, not one twice: the kernel writes to both.
-        buffers = (x.new_zeros(planes.shape[1], dtype=dtype) for _ in range(2))
+    if x.is_cuda or x.dtype != dtype:
+        buffers = (None, None)
+        if not x.is_cuda:
+            # The CPU kernel returns its statistics in the type of the buffers it is given; half is
+            # not enough for them. Two buffers, not one twice: the kernel writes to both.
+            buffers = tuple(x.new_zeros(planes.shape[1], dtype=dtype) for _ in range(2))
         mean, var = torch.batch_norm_update_stats(planes, *buffers, 0.0)
         return mean.view(shape), var.view(shape), None
     num, size = planes.shape[1:]
