@@ -13,10 +13,10 @@ VENV_PYTHON := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test test-slow bench lint format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
 	@echo 'Variables: PYTHON=$(PYTHON)  WORK_DIR=$(WORK_DIR)  DATA=$(DATA)  PYTEST_ARGS=$(PYTEST_ARGS)  BENCH_ARGS=$(BENCH_ARGS)'
 
 setup:  ## make or update .venv (10 minutes the first time, then a second)
@@ -30,6 +30,9 @@ demo: setup  ## run the main job, on DATA where it is given; results in WORK_DIR
 
 test: setup  ## run the tests, with PYTEST_ARGS
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-slow: setup  ## run the long soaks, with PYTEST_ARGS (an hour)
+	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_ARGS)
 
 # Threads wait as PyTorch lets them; the second run keeps every page of memory.
 bench: setup  ## measure speed and memory beside BN and others; writes docs/performance.*

@@ -781,7 +781,6 @@ class TestTransforms:
         if training:
             assert [getattr(model[1], key).item() for key in COUNTERS] == [2, 2]
 
-    @pytest.mark.slow
     @pytest.mark.parametrize('training', [True, False])
     def test_compile_by_inductor(self, training):
         torch.compiler.reset()

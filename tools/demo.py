@@ -17,6 +17,8 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import mmcv
 import torch
+from coco_annotations import InputError
+from data_checks import check_data
 from mmdet.utils import register_all_modules
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
@@ -163,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         check_same_run(
             args.work_dir, dict(data=str(root.resolve()), max_iters=cfg.train_cfg.max_iters)
         )
-    except (FileNotFoundError, FileExistsError) as error:
+        check_data(cfg, ('train', 'val'))
+    except (FileNotFoundError, FileExistsError, InputError) as error:
         print(f'demo: {error}', file=sys.stderr)
         return 2
     print(

@@ -9,4 +9,5 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \
     --master_port="${PORT:-29500}" \
     --nproc_per_node="$1" \
+    --max_restarts="${MAX_RESTARTS:-0}" \
     "$(dirname "$0")/$2" "${@:3}"

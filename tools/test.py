@@ -2,7 +2,10 @@
 
 import argparse
 import copy
+import sys
 
+from coco_annotations import InputError
+from data_checks import check_data
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -59,6 +62,10 @@ def main() -> None:
         cfg = trigger_visualization_hook(cfg, args)
     if args.tta:
         add_test_time_augmentation(cfg)
+    try:
+        check_data(cfg, ('test',))
+    except InputError as error:
+        sys.exit(f'test.py: error: {error}')
     runner = build_runner(cfg)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

@@ -1,7 +1,11 @@
 """Train a detector: mmdet's training tool with UBN registered and checked at the start."""
 
 import argparse
+import os
+import sys
 
+from coco_annotations import InputError
+from data_checks import check_data
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 
 from ubn_det.engine import add_arguments, build_runner, finish, load_config
@@ -38,6 +42,15 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    elif int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) > 0:
+        raise ValueError(
+            '--max-restarts of torchrun (MAX_RESTARTS of dist_train.sh) needs --resume: without '
+            'it each restart would begin anew and overwrite what is there'
+        )
+    try:
+        check_data(cfg, ('train', 'val'))
+    except InputError as error:
+        sys.exit(f'train.py: error: {error}')
     build_runner(cfg).train()
     finish()
 

@@ -25,7 +25,6 @@ def measured(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 def test_rows(measured):
     rows = read(measured)
     layer = [row for row in rows if row['suite'] == 'layer']
@@ -51,7 +50,6 @@ def test_rows(measured):
     }
 
 
-@pytest.mark.slow
 def test_report(measured):
     done = run_tool(REPORT, measured, check=False)
     assert done.returncode in (0, 1)

@@ -1,6 +1,5 @@
 """Tests of tools/eval_coco.py, against pycocotools called directly."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,22 +16,18 @@ from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'eval_coco.py'
+# The tool imports its neighbours, as it does when it is run.
+sys.path.append(str(TOOL.parent))
+
+import coco_annotations  # noqa: E402
+import eval_coco  # noqa: E402
+
 HEIGHT, WIDTH = 240, 320
 # In the order of a file, which need not be sorted. The last two have no figures of their own:
 # no annotation is a bird, and every sheep is in a crowd.
 CATEGORIES = {12: 'zebra', 3: 'apple', 7: 'cup', 20: 'bird', 5: 'sheep'}
 STATS = ['mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l']
 STATS += ['AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000']
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location('eval_coco', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-eval_coco = load_tool()
 
 
 def triangle(box):
@@ -417,7 +412,7 @@ def test_decode_counts_inverts_the_encoding():
         runs = [0, *runs] if flat[0] else runs
         counts = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))['counts'].decode()
         assert counts == encode_runs(runs)
-        assert eval_coco.decode_counts(counts).tolist() == runs
+        assert coco_annotations.decode_counts(counts).tolist() == runs
 
 
 def change(key, value):
@@ -600,6 +595,27 @@ def test_unreadable_files(files, capsys, name, content, message):
     check_error(capsys, files, args, f'error: {path}: ', message)
 
 
+@pytest.mark.parametrize(
+    ('edit', 'reason'),
+    [
+        (change('bbox', [WIDTH, 0, 30, 30]), 'outside of the image'),
+        (change('bbox', [-31, 0, 30, 30]), 'outside of the image'),
+        (change('bbox', [0, HEIGHT + 5, 30, 30]), 'outside of the image'),
+        (change('bbox', [10, 10, 0, 30]), 'with no area or less than a pixel wide or high'),
+        (change('area', 0), 'with no area or less than a pixel wide or high'),
+        (change('segmentation', [[1, 1, 5, 5, 9, 9]]), 'with a mask of no area'),
+    ],
+)
+def test_annotations_that_are_no_objects(files, capsys, edit, reason):
+    dataset = make_dataset()
+    edit(dataset['annotations'])
+    path = write(files / 'ann.json', dataset)
+    assert eval_coco.main([path, str(files / 'ubn')]) == 0
+    assert capsys.readouterr().err == (
+        f'warning: {path}: 1 annotations {reason}, they count as objects that are missed: id 3\n'
+    )
+
+
 def test_bytes_that_are_no_text(files, capsys):
     path = files / 'ubn.bbox.json'
     path.write_bytes(b'[\xff]')
@@ -656,9 +672,10 @@ def test_out_has_to_be_a_place_of_its_own(files, capsys):
 def run_as_program(*args):
     """Runs the tool in a process of its own where mmdet, mmengine and torch do not import."""
     code = (
-        'import runpy, sys\n'
+        'import os, runpy, sys\n'
         'sys.modules.update(dict.fromkeys(["mmdet", "mmengine", "torch"]))\n'
         'sys.argv = sys.argv[1:]\n'
+        'sys.path.insert(0, os.path.dirname(sys.argv[0]))\n'
         'runpy.run_path(sys.argv[0], run_name="__main__")\n'
     )
     command = [sys.executable, '-c', code, str(TOOL), *map(str, args)]
