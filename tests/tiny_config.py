@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,13 @@ def write_config(folder, max_iters=4, norm='UBN', extra=''):
         )
     )
     return path
+
+
+def free_port():
+    """Return a port that nobody listens to, as text."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
 
 
 def run_tool(*command, check=True, **environment):

@@ -3,11 +3,21 @@
 #   tools/dist_launch.sh NUM_PROCESSES TOOL [arguments of the tool]
 set -euo pipefail
 
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+if [ "${MAX_RESTARTS:-0}" -gt 0 ]; then
+    # The default rendezvous hands processes that were started again the addresses of the former.
+    MEETING=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:${PORT:-29500}"
+        --rdzv_id=ubn_det --max_restarts="$MAX_RESTARTS")
+    if [ "${NNODES:-1}" = 1 ]; then
+        MEETING+=(--local_addr="$MASTER_ADDR")
+    fi
+else
+    MEETING=(--node_rank="${NODE_RANK:-0}" --master_addr="$MASTER_ADDR"
+        --master_port="${PORT:-29500}")
+fi
+
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
     --nproc_per_node="$1" \
-    --max_restarts="${MAX_RESTARTS:-0}" \
+    "${MEETING[@]}" \
     "$(dirname "$0")/$2" "${@:3}"

@@ -1,6 +1,7 @@
-"""Norms that the benchmark compares with and PyTorch lacks, composed as they were published."""
+"""Norms to compare with that PyTorch lacks, or lacks on CPU, composed as they were published."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,3 +49,49 @@ class BNET(nn.Sequential):
                 groups=num_features,
             ),
         )
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all ranks, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return _AllReduce.forward(ctx, dy)
+
+
+class ComposedSyncBN(nn.BatchNorm2d):
+    """``nn.SyncBatchNorm`` by operators, on any device; torch's own refuses CPU tensors.
+
+    Statistics of the batch over all ranks of the default group, by an all_reduce of the sums of
+    values and of squares that gradients flow through.
+
+    Args:
+        *args: As in ``nn.BatchNorm2d``.
+        **kwargs: As in ``nn.BatchNorm2d``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, H, W), and in training move the running statistics."""
+        if not self.training:
+            return super().forward(input)
+        x = input.float()
+        count = x.new_full((1,), x.numel() // x.shape[1])
+        sums = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), count])
+        sums = _AllReduce.apply(sums)
+        count = sums[-1].detach()
+        mean, square = (sums[:-1] / count).chunk(2)
+        var = square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        y = x * scale[:, None, None] + shift[:, None, None]
+        return y.to(input.dtype)

@@ -66,7 +66,7 @@ def main() -> None:
         check_data(cfg, ('test',))
     except InputError as error:
         sys.exit(f'test.py: error: {error}')
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, 'test')
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()

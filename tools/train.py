@@ -51,7 +51,7 @@ def main() -> None:
         check_data(cfg, ('train', 'val'))
     except InputError as error:
         sys.exit(f'train.py: error: {error}')
-    build_runner(cfg).train()
+    build_runner(cfg, None if args.resume is None else 'resume').train()
     finish()
 
 

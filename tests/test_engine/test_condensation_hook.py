@@ -13,7 +13,7 @@ from mmcv.ops import SyncBatchNorm as MMCVSyncBatchNorm
 from mmdet.models.layers import FrozenBatchNorm2d
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope
@@ -691,11 +691,20 @@ def test_averaged_weights_in_validation_do_not_disturb(tmp_path):
     states = runner.recorder.states
     assert read_scalars(runner) == expected_scalars(states, [4, 10])
     assert [states[12][LAYERS[0]][key] for key in ('open', 'closed')] == [7, 5]
-    # The checkpoint has the averaged weights, whose counters are those of the first iteration.
+    # The checkpoint has the averaged weights with the counters of the model. mmengine's average
+    # has those of its first iteration.
     saved = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
-    name = f'{LAYERS[0]}.num_batches_tracked'
-    assert saved['state_dict'][name] == 1
-    assert saved['ema_state_dict'][f'module.{name}'] == 7
+    (ema,) = (hook for hook in runner.hooks if isinstance(hook, EMAHook))
+    averaged = ema.ema_model.module.state_dict()
+    for layer in LAYERS[:2]:
+        for counter in ('num_batches_tracked', 'num_batches_condensed', 'consecutive_condensed'):
+            name = f'{layer}.{counter}'
+            count = runner.model.state_dict()[name]
+            assert saved['state_dict'][name] == saved['ema_state_dict'][f'module.{name}'] == count
+        assert averaged[f'{layer}.num_batches_tracked'] == 1
+        for name in (f'{layer}.weight', f'{layer}.running_mean'):
+            assert torch.equal(saved['state_dict'][name], averaged[name])
+    assert saved['state_dict'][f'{LAYERS[0]}.num_batches_tracked'] == 7
     assert all(torch.isfinite(value).all() for value in saved['state_dict'].values())
 
 

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 
 from ubn_det import UBN
 from ubn_det.engine import add_arguments, load_config, prepare, set_data_root
+from ubn_det.engine.launch import check_checkpoint_file
 
 MMDET = "_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\n"
 
@@ -33,7 +35,7 @@ def test_untouched_mmdet_config_needs_one_option(config):
     cfg.model.backbone.init_cfg = None
     model = MODELS.build(cfg.model)
     assert sum(isinstance(m, UBN) for m in model.modules()) == 53
-    assert cfg.custom_hooks == [dict(type='CondensationHook')]
+    assert cfg.custom_hooks == [dict(type='CondensationHook'), dict(type='NonFiniteStepHook')]
 
 
 def test_work_dir_is_named_after_the_config(config):
@@ -42,11 +44,65 @@ def test_work_dir_is_named_after_the_config(config):
     assert parse(config, '--cfg-options', 'work_dir=there').work_dir == 'there'
 
 
-def test_hook_is_added_once_and_others_stay():
-    cfg = Config(dict(custom_hooks=[dict(type='EMAHook')], launcher='none'))
+def test_hooks_are_added_once_and_others_stay():
+    hooks = [dict(type='EMAHook'), dict(type='NonFiniteStepHook', patience=3)]
+    cfg = Config(dict(custom_hooks=hooks, launcher='none'))
     prepare(cfg)
     prepare(cfg)
-    assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook', 'CondensationHook']
+    assert cfg.custom_hooks == [*hooks, dict(type='CondensationHook')]
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        ({}, 'AtomicCheckpointHook'),
+        (dict(checkpoint=dict(type='CheckpointHook', interval=7)), 'AtomicCheckpointHook'),
+        (dict(checkpoint=dict(type=CheckpointHook, interval=7)), 'AtomicCheckpointHook'),
+        (dict(checkpoint=dict(type='Another', interval=7)), 'Another'),
+    ],
+)
+def test_checkpoint_hook_is_replaced(given, expected):
+    cfg = Config(dict(default_hooks=given, launcher='none'))
+    prepare(cfg)
+    prepare(cfg)
+    hook = cfg.default_hooks.checkpoint
+    assert hook.type == expected
+    assert hook.get('interval') == (7 if given else None)
+
+
+def test_checkpoint_hook_that_is_switched_off_stays_so():
+    cfg = Config(dict(default_hooks=dict(checkpoint=None), launcher='none'))
+    prepare(cfg)
+    assert cfg.default_hooks.checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ('content', 'error', 'message'),
+    [
+        (None, FileNotFoundError, 'is not there'),
+        (b'', ValueError, 'is no checkpoint of PyTorch'),
+        (b'<html>', ValueError, 'is no checkpoint of PyTorch'),
+        (..., ValueError, 'is truncated'),
+    ],
+)
+def test_file_that_is_no_checkpoint_is_named(tmp_path, content, error, message):
+    path = tmp_path / 'some.pth'
+    if content is ...:
+        torch.save(dict(weight=torch.randn(1000)), path)
+        content = path.read_bytes()[:-100]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=f'{path}.*{message}'):
+        check_checkpoint_file(str(path))
+
+
+@pytest.mark.parametrize('is_archive', [True, False])
+def test_both_formats_of_checkpoints_pass(tmp_path, is_archive):
+    path = tmp_path / 'some.pth'
+    weights = dict(weight=torch.randn(10))
+    torch.save(weights, path, _use_new_zipfile_serialization=is_archive)
+    check_checkpoint_file(str(path))
+    check_checkpoint_file('https://example.com/some.pth')
 
 
 def test_data_root_is_replaced_wherever_it_begins_a_path(config, tmp_path):

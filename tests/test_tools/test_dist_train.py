@@ -1,16 +1,8 @@
 """Several CPU processes by the real scripts."""
 
-import socket
-
 import pytest
 import torch
-from tiny_config import ROOT, run_tool, write_config
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
+from tiny_config import ROOT, free_port, run_tool, write_config
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     """An uninterrupted run of eight iterations."""
     folder = tmp_path_factory.mktemp('train')
     extra = (
-        "custom_imports = dict(imports=['ubn_det', 'kill_hook'])\n"
+        "custom_imports = dict(imports=['ubn_det', 'fault_hooks'])\n"
         "custom_hooks = [dict(type='CondensationHook'), dict(type='KillHook')]\n"
     )
     config = write_config(folder, max_iters=8, extra=extra)
@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
 def test_killed_run_resumes_to_the_same_weights(trained):
     folder, config, _ = trained
     work_dir = folder / 'killed'
-    killed = run_tool(TRAIN, config, '--work-dir', work_dir, check=False, KILL_AFTER='5')
+    killed = run_tool(TRAIN, config, '--work-dir', work_dir, check=False, KILL_AT='6')
     assert killed.returncode == -signal.SIGKILL
     assert (work_dir / 'last_checkpoint').read_text().endswith('iter_4.pth')
     run_tool(TRAIN, config, '--work-dir', work_dir, '--resume')

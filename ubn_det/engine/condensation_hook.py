@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det.layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
-from ubn_det.layers.ubn import EXTRA_PARAMETERS
+from ubn_det.layers.ubn import COUNTERS, EXTRA_PARAMETERS
 
 _TYPES = (UBN, UBN1d, UBN2d, UBN3d, SyncUBN)
 _NAMES = tuple(cls.__name__ for cls in _TYPES)
@@ -151,6 +151,22 @@ class CondensationHook(Hook):
                 scalars[f'{tag}/max'] = max(values.values())
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
         self._warn_starved(runner, before)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Give averaged weights the counters of the model that they are averages of.
+
+        mmengine's averaged models copy integer buffers once, at the first step.
+        """
+        if 'ema_state_dict' not in checkpoint:
+            return
+        # EMAHook has swapped the two: the averages are the state dict that is saved.
+        averaged, model = checkpoint['state_dict'], checkpoint['ema_state_dict']
+        for name, module in _unwrap(runner.model).named_modules():
+            if isinstance(module, UBN):
+                for counter in COUNTERS:
+                    key = f'{name}.{counter}'
+                    if key in averaged:
+                        averaged[key] = model[f'module.{key}'].clone()
 
     def _is_logged(self, runner: Runner, batch_idx: int) -> bool:
         """Whether LoggerHook logs this iteration, if its interval is this one's."""

@@ -3,15 +3,18 @@
 import argparse
 import datetime
 import os
+import zipfile
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from .condensation_hook import CondensationHook
+from .non_finite_step_hook import NonFiniteStepHook
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +56,57 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the Runner, or the one that the config's ``runner_type`` names."""
+def build_runner(cfg: Config, purpose: str | None = None) -> Runner:
+    """Build the Runner, or the one that the config's ``runner_type`` names.
+
+    Args:
+        cfg (Config): The whole config.
+        purpose (str, optional): What a checkpoint is loaded for, 'resume' or 'test'; None: to
+            start from. See AtomicCheckpointHook.
+
+    Raises:
+        ValueError: The file of the checkpoint is truncated or no checkpoint.
+    """
+    path = cfg.get('load_from')
+    if path is None and cfg.get('resume'):
+        path = find_latest_checkpoint(cfg.work_dir)
+    if path is not None:
+        check_checkpoint_file(path)
+    checkpoint_hook = cfg.default_hooks.get('checkpoint')
+    if checkpoint_hook and checkpoint_hook.get('type') == 'AtomicCheckpointHook':
+        checkpoint_hook.purpose = purpose
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def check_checkpoint_file(path: str) -> None:
+    """Raise an error where a local file is visibly no whole checkpoint.
+
+    Args:
+        path (str): Checkpoint; addresses such as https:// are left to mmengine.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is truncated, damaged or something else.
+    """
+    if '://' in path:
+        return
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint {path} is not there')
+    with open(path, 'rb') as file:
+        head = file.read(4)
+    # Archives have their table of contents at the end; older checkpoints are pickles.
+    if head.startswith(b'PK'):
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f'checkpoint {path} is truncated: use an earlier one')
+        # torch.load does not compare the checksums that torch.save writes.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(
+                f'checkpoint {path} is damaged, {broken} fails its checksum: use an earlier one'
+            )
+    elif not head.startswith(b'\x80'):
+        raise ValueError(f'{path} is no checkpoint of PyTorch, or an empty file')
 
 
 def finish() -> None:
@@ -69,7 +120,10 @@ def finish() -> None:
 
 
 def prepare(cfg: Config) -> None:
-    """Add CondensationHook to a config, and make several processes on CPU possible.
+    """Make a config safe to run, and several processes on CPU possible.
+
+    CondensationHook and NonFiniteStepHook are added where they are not there yet, and
+    AtomicCheckpointHook takes the place of mmengine's CheckpointHook.
 
     mmengine's launcher sets a CUDA device and hands DistributedDataParallel a device index,
     neither of which exists on a CPU build of torch. Without a GPU the process group is therefore
@@ -78,10 +132,17 @@ def prepare(cfg: Config) -> None:
     Args:
         cfg (Config): Config with its ``launcher`` set, changed in place.
     """
-    hooks = cfg.setdefault('custom_hooks', None) or []
-    if not any(hook.get('type') in ('CondensationHook', CondensationHook) for hook in hooks):
-        hooks = [*hooks, dict(type='CondensationHook')]
+    hooks = list(cfg.setdefault('custom_hooks', None) or [])
+    types = [hook.get('type') for hook in hooks]
+    for cls in (CondensationHook, NonFiniteStepHook):
+        if cls not in types and cls.__name__ not in types:
+            hooks.append(dict(type=cls.__name__))
     cfg.custom_hooks = hooks
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = {}
+    checkpoint_hook = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    if checkpoint_hook and checkpoint_hook.get('type') in ('CheckpointHook', CheckpointHook):
+        checkpoint_hook['type'] = 'AtomicCheckpointHook'
 
     if cfg.get('launcher') == 'pytorch' and not torch.cuda.is_available():
         timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')

@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det.ops import (
@@ -30,6 +32,11 @@ GATE_BUFFERS = (
     'num_batches_readmitted',
     'consecutive_condensed',
 )
+COUNTERS = ('num_batches_tracked', *GATE_BUFFERS[1:])
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# More would not fit a thousand channels into memory.
+_MAX_KERNEL = 999
 
 
 class Kept(NamedTuple):
@@ -99,7 +106,7 @@ class UBN(_BatchNorm):
         affine_kernel (int): Size k of the neighbourhood, odd; 1 for none. UBN and UBN2d have a k x
             k kernel, UBN1d and UBN3d one of their dimension. Needs ``affine``.
         device (torch.device, optional): Of parameters and buffers.
-        dtype (torch.dtype, optional): Of parameters and running statistics.
+        dtype (torch.dtype, optional): Of parameters and running statistics, floating point.
 
     Attributes:
         condensation (Tensor): Score of the last training batch that had one, 0-dim.
@@ -136,18 +143,20 @@ class UBN(_BatchNorm):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_integer('num_features', num_features, 1)
-        _check_number('eps', eps, 0, math.inf)
+        num_features = _integer('num_features', num_features, 1)
+        eps = _number('eps', eps, 0, math.inf)
         if eps == 0 or math.isinf(eps):
             raise ValueError(f'eps must be positive and finite, got {eps}')
         if momentum is not None:
-            _check_number('momentum', momentum, 0, 1)
+            momentum = _number('momentum', momentum, 0, 1)
         if condensation_threshold is not None:
-            _check_number('condensation_threshold', condensation_threshold, -1, 1)
-        if on_condensed not in ON_CONDENSED:
+            condensation_threshold = _number(
+                'condensation_threshold', condensation_threshold, -1, 1
+            )
+        if not isinstance(on_condensed, str) or on_condensed not in ON_CONDENSED:
             raise ValueError(f'on_condensed must be one of {ON_CONDENSED}, got {on_condensed!r}')
-        _check_integer('warmup', warmup, 0)
-        _check_integer('patience', patience, 1)
+        warmup = _integer('warmup', warmup, 0)
+        patience = _integer('patience', patience, 1)
         for name, value in dict(
             affine=affine,
             track_running_stats=track_running_stats,
@@ -156,11 +165,13 @@ class UBN(_BatchNorm):
         ).items():
             if not isinstance(value, bool):
                 raise TypeError(f'{name} must be True or False, got {value!r}')
-        _check_integer('affine_kernel', affine_kernel, 1)
+        affine_kernel = _integer('affine_kernel', affine_kernel, 1, _MAX_KERNEL)
         if affine_kernel % 2 == 0:
             raise ValueError(f'affine_kernel must be odd, got {affine_kernel}')
         if affine_kernel > 1 and not affine:
             raise ValueError(f'affine_kernel={affine_kernel} needs affine=True')
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f'dtype must be one of {DTYPES}, got {dtype!r}')
 
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -317,12 +328,18 @@ class UBN(_BatchNorm):
 
     def _check_input(self, input: Tensor) -> None:
         name = type(self).__name__
+        # What fx traces goes on, into the branch below.
+        if not isinstance(input, (Tensor, Proxy)):
+            raise TypeError(f'{name} expects a Tensor as input, got {type(input).__name__}')
         dim = input.dim()
         # A Python branch on purpose: a symbolic trace, which would bake in the training mode,
         # fails here.
         if dim not in self._input_dims:
             expected = ', '.join(f'{d}-D' for d in self._input_dims)
             raise ValueError(f'{name} expects {expected} input (N, C, ...), got {dim}-D input')
+        if input.layout is not torch.strided or input.is_nested:
+            layout = 'a nested' if input.is_nested else f'a {input.layout}'
+            raise TypeError(f'{name} expects a dense input, got {layout} one')
         if (
             self.affine_kernel > 1
             and dim - 2 != self._kernel_dims
@@ -338,10 +355,18 @@ class UBN(_BatchNorm):
                 f'{name} has num_features={self.num_features}, got an input with '
                 f'{input.shape[1]} channels (shape {tuple(input.shape)})'
             )
-        if not input.is_floating_point():
+        if input.dtype not in DTYPES:
             raise TypeError(f'{name} expects a floating point input, got {input.dtype}')
-        if input.device.type not in ('cpu', 'cuda'):
-            raise TypeError(f'{name} runs on cpu and cuda, got an input on {input.device.type}')
+        device = input.device
+        if device.type not in ('cpu', 'cuda'):
+            raise TypeError(f'{name} runs on cpu and cuda, got an input on {device.type}')
+        # Kernels read memory that a meta tensor has not.
+        for tensors in (self._parameters, self._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None and tensor.device != device:
+                    raise RuntimeError(
+                        f'{name} has its {key} on {tensor.device}, got an input on {device}'
+                    )
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to N(0, 1) and all counters and the score to 0."""
@@ -374,7 +399,42 @@ class UBN(_BatchNorm):
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device='cpu')
             if names:
                 _log_filled_once(type(self).__name__)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        metadata, strict, missing_keys, unexpected_keys, error_msgs = args
+        is_assigned = metadata.get('assign_to_params_buffers', False)
+        errors = list(self._load_errors(state_dict, prefix, is_assigned))
+        if errors:
+            error_msgs.extend(errors)
+            # All or nothing: what is loaded now is what is there, to learn of keys alone.
+            metadata = {**metadata, 'assign_to_params_buffers': False}
+            for name, tensor in self.state_dict().items():
+                if prefix + name in state_dict:
+                    state_dict[prefix + name] = tensor.clone()
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_errors(
+        self, state_dict: dict[str, Any], prefix: str, is_assigned: bool
+    ) -> Iterator[str]:
+        """Yield what is wrong with the entries of this layer."""
+        for name, own in self.state_dict().items():
+            key = prefix + name
+            if key not in state_dict:
+                continue
+            entry = state_dict[key]
+            if not torch.overrides.is_tensor_like(entry):
+                yield f'{key} must be a Tensor, got {type(entry).__name__}'
+            elif entry.shape != own.shape and not (own.dim() == 0 and entry.shape == (1,)):
+                yield (
+                    f'size mismatch for {key}: it has shape {tuple(entry.shape)}, the layer '
+                    f'{tuple(own.shape)}'
+                )
+            elif entry.layout is not torch.strided:
+                yield f'{key} must be dense, got {entry.layout}'
+            elif entry.is_meta and not (own.is_meta or is_assigned):
+                yield f'{key} is on the meta device and has no values'
+            elif not (_is_count if name in COUNTERS else _is_floating)(entry, is_assigned):
+                yield f'{key} must be {own.dtype}, got {entry.dtype} that it cannot be made of'
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -458,15 +518,34 @@ def _memory_format(x: Tensor) -> torch.memory_format | None:
     return channels_last if is_so else None
 
 
-def _check_integer(name: str, value: Any, low: int) -> None:
+def _is_floating(entry: Tensor, is_assigned: bool) -> bool:
+    """Whether a parameter or statistics can be ``entry``."""
+    return entry.dtype in DTYPES
+
+
+def _is_count(entry: Tensor, is_assigned: bool) -> bool:
+    """Whether a counter can be ``entry``, which whoever casts a whole checkpoint makes a float."""
+    if is_assigned or entry.is_meta:
+        return entry.dtype == torch.long
+    if not entry.is_floating_point():
+        return not entry.is_complex() and entry.dtype != torch.bool
+    return bool((entry == entry.round()) & (entry.abs() < 2**63))
+
+
+def _integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f'{name} must be an integer, got {value!r}')
-    if value < low:
-        raise ValueError(f'{name} must be at least {low}, got {value}')
+    if not low <= value <= high:
+        raise ValueError(f'{name} must lie in [{low}, {high}], got {value}')
+    return int(value)
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f'{name} must be a number, got {value!r}')
     if not low <= value <= high:
         raise ValueError(f'{name} must lie in [{low}, {high}], got {value}')
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f'{name} must be a number of double precision, got {value}') from None
