@@ -310,6 +310,11 @@ def load_annotations(path: str, masks: bool, evaluated: bool = True) -> COCO:
             f'warning: {path}: {len(ids)} annotations {reason}, {effect}: id {shortened(ids)}',
             file=sys.stderr,
         )
+    if not evaluated and sum(map(len, lost.values())) == len(dataset['annotations']):
+        raise InputError(
+            f'{path}: all of its {len(dataset["annotations"])} annotations are left out, so that '
+            'there is nothing to train on'
+        )
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth.createIndex()
     return ground_truth
