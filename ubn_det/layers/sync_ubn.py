@@ -5,6 +5,8 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.registry import MODELS
 
+from ubn_det.ops.process_group import check_exists
+
 from .ubn import UBN
 
 
@@ -26,13 +28,15 @@ class SyncUBN(UBN):
 
     Args:
         *args: As in UBN.
-        process_group (ProcessGroup, optional): Ranks that share the statistics; None for all. As
-            in ``nn.SyncBatchNorm``, a copy of the layer keeps it. A pickled layer cannot: loaded
-            again, it raises an error in training until ``process_group`` is set.
+        process_group (ProcessGroup, optional): Ranks that share the statistics; None for all. A
+            copy of the layer keeps it, where ``nn.SyncBatchNorm`` cannot be copied. A pickled
+            layer cannot: loaded again, it raises an error in training until ``process_group`` is
+            set.
         **kwargs: As in UBN.
 
     Raises:
-        RuntimeError: This rank is not in ``process_group``, or the group was lost in pickling.
+        RuntimeError: This rank is not in ``process_group``, or the group was destroyed or lost in
+            pickling.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class SyncUBN(UBN):
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
+        if not _is_group(group):
+            raise TypeError(f'process_group must be a ProcessGroup or None, got {group!r}')
         self._group = _GroupHandle(group)
 
     def _group_name(self) -> str | None:
@@ -59,6 +65,7 @@ class SyncUBN(UBN):
                 'process_group of this SyncUBN did not survive pickling: set '
                 'layer.process_group, None for all ranks'
             )
+        check_exists(group.group)
         world_size = dist.get_world_size(group.group)
         if world_size < 1:
             raise RuntimeError('process_group of this SyncUBN does not contain this rank')
@@ -69,6 +76,16 @@ class SyncUBN(UBN):
         if self.process_group is None:
             return super().extra_repr()
         return f'{super().extra_repr()}, process_group={self.process_group}'
+
+
+def _is_group(group: Any) -> bool:
+    if group is None or not dist.is_available():
+        return group is None
+    # What a rank outside of a group has instead of it.
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    return isinstance(group, dist.ProcessGroup) or (
+        type(group) is type(outside) and group == outside
+    )
 
 
 class _GroupHandle:
