@@ -26,6 +26,9 @@ EXPECTED = {
     'mask-rcnn_r50_fpn_ubn-all_2x_coco': dict(
         ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=11
     ),
+    'mask-rcnn_r50_fpn_ubn-all-node_2x_coco': dict(
+        ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=11
+    ),
     'mask-rcnn_r50-scratch_fpn_ubn-all_6x_coco': dict(
         ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=0
     ),

@@ -203,9 +203,9 @@ def _gather(batch: Batch, group: dist.ProcessGroup) -> Batch:
     # Filled on the device: a tensor made of Python numbers would wait for it.
     numbers = [mean.new_full((1,), number) for number in (batch.count, batch.num_pairs)]
     local = torch.cat([mean, batch.var * batch.count, *numbers, batch.pair_sum.view(1)])
-    # gloo has no all_gather into one tensor.
     gathered = local.new_empty(dist.get_world_size(group), local.numel())
-    dist.all_gather(list(gathered.unbind()), local, group=group)
+    # Into a list of tensors NCCL would copy every rank's part once more, by a kernel each.
+    dist.all_gather_into_tensor(gathered.view(-1), local, group=group)
 
     # Chan's formula. An empty rank has zeros everywhere.
     means, deviations, rest = gathered.split([len(mean), len(mean), 3], dim=1)
