@@ -1,5 +1,7 @@
 """SyncUBN in one process that holds the batches of all ranks, built on ``reference``."""
 
+import math
+
 from reference import GateReference, condensation_score, statistics, ubn
 
 
@@ -15,23 +17,46 @@ def pair_weighted_score(parts):
 
 
 class SyncReference(GateReference):
-    """A layer in training on a list of batches, one a rank, whose sizes may differ."""
+    """A layer on a list of batches, one a rank, whose sizes may differ.
 
-    def __init__(self, num_features, eps=1e-5, on_condensed='running', **gate):
+    Attributes:
+        normalized_by (tuple[Tensor, Tensor], optional): Mean and variance that normalized the last
+            training batch; None if there was no value.
+    """
+
+    def __init__(
+        self, num_features, eps=1e-5, on_condensed='running', track_running_stats=True, **gate
+    ):
         super().__init__(num_features, **gate)
         self.eps = eps
         self.on_condensed = on_condensed
+        self.track_running_stats = track_running_stats
+        self.normalized_by = None
 
     def __call__(self, parts, params):
-        """Return the output of each rank; differentiable."""
+        """Return the output of each rank in training; differentiable."""
+        self.normalized_by = None
         present = [part for part in parts if part.numel()]
         if not present:
             return [part.clone() for part in parts]
         mean, var, count = statistics(present, params)
-        opened = self.step(mean, var, count, pair_weighted_score(present))
-        if not opened and self.on_condensed == 'running':
-            mean, var = self.running_mean, self.running_var
+        if self.track_running_stats:
+            # A single value has no variance that the running ones could take in.
+            seen = mean if count > 1 else mean * math.nan
+            opened = self.step(seen, var, count, pair_weighted_score(present))
+            if not opened and self.on_condensed == 'running':
+                mean, var = self.running_mean, self.running_var
+        self.normalized_by = mean.detach(), var.detach()
+        return self._normalize(parts, params, mean, var)
+
+    def evaluate(self, parts, params):
+        """Return the output of each rank in evaluation; differentiable."""
+        if self.track_running_stats:
+            return self._normalize(parts, params, self.running_mean, self.running_var)
+        return self._normalize(parts, params)
+
+    def _normalize(self, parts, params, *statistics):
         return [
-            ubn(part, params, self.eps, mean, var)[0] if part.numel() else part.clone()
+            ubn(part, params, self.eps, *statistics)[0] if part.numel() else part.clone()
             for part in parts
         ]

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmcv.cnn import ConvModule
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
@@ -144,9 +145,8 @@ def test_hooks_are_kept():
     assert calls == ['forward']
 
 
-def test_process_group_is_set():
-    # Any object will do as long as no forward in training needs it.
-    group = object()
+def test_process_group_is_set(process_group):
+    group = dist.group.WORLD
     model = nn.Sequential(UBN(4), nn.Sequential(UBN(4)))
     convert_sync_ubn(model, process_group=group)
     assert model[0].process_group is model[1][0].process_group is group

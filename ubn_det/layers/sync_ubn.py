@@ -35,6 +35,7 @@ class SyncUBN(UBN):
         **kwargs: As in UBN.
 
     Raises:
+        TypeError: ``process_group`` is no group.
         RuntimeError: This rank is not in ``process_group``, or the group was destroyed or lost in
             pickling.
     """
@@ -43,7 +44,7 @@ class SyncUBN(UBN):
         self, *args: Any, process_group: dist.ProcessGroup | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.process_group = process_group
+        self._group = _GroupHandle(process_group)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -52,8 +53,6 @@ class SyncUBN(UBN):
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
-        if not _is_group(group):
-            raise TypeError(f'process_group must be a ProcessGroup or None, got {group!r}')
         self._group = _GroupHandle(group)
 
     def _group_name(self) -> str | None:
@@ -92,6 +91,8 @@ class _GroupHandle:
     """Holds a process group, so that a layer that has one can be copied and pickled."""
 
     def __init__(self, group: dist.ProcessGroup | None, lost: bool = False) -> None:
+        if not _is_group(group):
+            raise TypeError(f'process_group must be a ProcessGroup or None, got {group!r}')
         self.group = group
         # A rank outside of it has a placeholder without a name.
         self.name = '' if group is None else getattr(group, 'group_name', None)

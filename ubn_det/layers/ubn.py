@@ -1,7 +1,6 @@
 """Unified Batch Normalization on one process."""
 
 import functools
-import math
 import numbers
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -117,6 +116,7 @@ class UBN(_BatchNorm):
 
     Raises:
         TypeError: An argument or an input has the wrong type.
+        RuntimeError: An input is not dense, or the layer is on the meta device.
         ValueError: An argument is out of range, or an input has the wrong number of dimensions or
             channels, or a single value per channel in training.
     """
@@ -143,10 +143,11 @@ class UBN(_BatchNorm):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        num_features = _integer('num_features', num_features, 1)
-        eps = _number('eps', eps, 0, math.inf)
-        if eps == 0 or math.isinf(eps):
-            raise ValueError(f'eps must be positive and finite, got {eps}')
+        num_features = _integer('num_features', num_features, 1, 2**31 - 1)
+        # float32 has to hold it.
+        eps = _number('eps', eps, 0, torch.finfo(torch.float32).max)
+        if eps == 0:
+            raise ValueError(f'eps must be positive, got {eps}')
         if momentum is not None:
             momentum = _number('momentum', momentum, 0, 1)
         if condensation_threshold is not None:
@@ -170,6 +171,8 @@ class UBN(_BatchNorm):
             raise ValueError(f'affine_kernel must be odd, got {affine_kernel}')
         if affine_kernel > 1 and not affine:
             raise ValueError(f'affine_kernel={affine_kernel} needs affine=True')
+        if device is not None and not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f'device must be a torch.device, got {device!r}')
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f'dtype must be one of {DTYPES}, got {dtype!r}')
 
@@ -236,8 +239,16 @@ class UBN(_BatchNorm):
             self.neighbour_weight,
         )
         if takes_batch and not (self.training and _is_recomputing()):
+            group = self._group_name()
+            if (
+                group is not None
+                and torch.is_grad_enabled()
+                and not any(t is not None and t.requires_grad for t in (x, *parameters))
+            ):
+                # Other ranks may go back through here, and wait for this one.
+                x = x.detach().requires_grad_()
             y, instance_mean, statistics = unified_batch_norm_training(
-                x, parameters, self.eps, self._buffers_in_use(), self._rule(), self._group_name()
+                x, parameters, self.eps, self._buffers_in_use(), self._rule(), group
             )
             if self.training and _may_be_recomputed():
                 self._kept = Kept(statistics, instance_mean, self._kept is not None)
@@ -339,7 +350,7 @@ class UBN(_BatchNorm):
             raise ValueError(f'{name} expects {expected} input (N, C, ...), got {dim}-D input')
         if input.layout is not torch.strided or input.is_nested:
             layout = 'a nested' if input.is_nested else f'a {input.layout}'
-            raise TypeError(f'{name} expects a dense input, got {layout} one')
+            raise RuntimeError(f'{name} expects a dense input, got {layout} one')
         if (
             self.affine_kernel > 1
             and dim - 2 != self._kernel_dims
@@ -357,15 +368,15 @@ class UBN(_BatchNorm):
             )
         if input.dtype not in DTYPES:
             raise TypeError(f'{name} expects a floating point input, got {input.dtype}')
-        device = input.device
-        if device.type not in ('cpu', 'cuda'):
-            raise TypeError(f'{name} runs on cpu and cuda, got an input on {device.type}')
-        # Kernels read memory that a meta tensor has not.
+        if input.device.type not in ('cpu', 'cuda'):
+            raise TypeError(f'{name} runs on cpu and cuda, got an input on {input.device.type}')
+        # Kernels would return what happens to be in memory.
         for tensors in (self._parameters, self._buffers):
             for key, tensor in tensors.items():
-                if tensor is not None and tensor.device != device:
+                if tensor is not None and tensor.is_meta:
                     raise RuntimeError(
-                        f'{name} has its {key} on {tensor.device}, got an input on {device}'
+                        f'{key} of this {name} is on the meta device and has no values: load it '
+                        'with assign=True, or use to_empty and reset_parameters'
                     )
 
     def reset_running_stats(self) -> None:
@@ -386,8 +397,20 @@ class UBN(_BatchNorm):
             if tensor is not None:
                 tensor.zero_()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; what a plain BN lacks becomes the identity, so that the result is that BN."""
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load all entries, or none of them where one is wrong.
+
+        What a plain BN lacks becomes the identity, so that the result is that BN.
+        """
         # Known by its keys: metadata does not survive every loader.
         if prefix + 'running_mean' in state_dict or prefix + 'weight' in state_dict:
             names = [
@@ -399,25 +422,36 @@ class UBN(_BatchNorm):
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device='cpu')
             if names:
                 _log_filled_once(type(self).__name__)
-        metadata, strict, missing_keys, unexpected_keys, error_msgs = args
-        is_assigned = metadata.get('assign_to_params_buffers', False)
+        is_assigned = local_metadata.get('assign_to_params_buffers', False)
         errors = list(self._load_errors(state_dict, prefix, is_assigned))
         if errors:
             error_msgs.extend(errors)
-            # All or nothing: what is loaded now is what is there, to learn of keys alone.
-            metadata = {**metadata, 'assign_to_params_buffers': False}
-            for name, tensor in self.state_dict().items():
+            # The base class looks for missing and unexpected keys; it loads what is there already.
+            local_metadata = {**local_metadata, 'assign_to_params_buffers': False}
+            for name, tensor in self._tensors():
                 if prefix + name in state_dict:
-                    state_dict[prefix + name] = tensor.clone()
+                    state_dict[prefix + name] = tensor.detach().clone()
         super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
         )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and values of all parameters and buffers that there are."""
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if tensor is not None:
+                yield name, tensor
 
     def _load_errors(
         self, state_dict: dict[str, Any], prefix: str, is_assigned: bool
     ) -> Iterator[str]:
         """Yield what is wrong with the entries of this layer."""
-        for name, own in self.state_dict().items():
+        for name, own in self._tensors():
             key = prefix + name
             if key not in state_dict:
                 continue
@@ -519,20 +553,24 @@ def _memory_format(x: Tensor) -> torch.memory_format | None:
 
 
 def _is_floating(entry: Tensor, is_assigned: bool) -> bool:
-    """Whether a parameter or statistics can be ``entry``."""
+    """Whether a parameter or a statistic can be made of ``entry``."""
     return entry.dtype in DTYPES
 
 
 def _is_count(entry: Tensor, is_assigned: bool) -> bool:
-    """Whether a counter can be ``entry``, which whoever casts a whole checkpoint makes a float."""
-    if is_assigned or entry.is_meta:
+    """Whether a counter can be made of ``entry``.
+
+    It may be a float, as in a checkpoint that was cast as a whole, and have a fraction, as
+    mmdet's SyncNormHook loads the mean over ranks.
+    """
+    if is_assigned:
         return entry.dtype == torch.long
-    if not entry.is_floating_point():
-        return not entry.is_complex() and entry.dtype != torch.bool
-    return bool((entry == entry.round()) & (entry.abs() < 2**63))
+    if entry.dtype in DTYPES:
+        return bool(entry.abs() < 2**63)
+    return entry.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def _integer(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+def _integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f'{name} must be an integer, got {value!r}')
     if not low <= value <= high:
@@ -545,7 +583,4 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
         raise TypeError(f'{name} must be a number, got {value!r}')
     if not low <= value <= high:
         raise ValueError(f'{name} must lie in [{low}, {high}], got {value}')
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f'{name} must be a number of double precision, got {value}') from None
+    return float(value)
