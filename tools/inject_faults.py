@@ -40,7 +40,7 @@ NORMS = ('BN', 'ComposedSyncBN', 'UBN', 'SyncUBN')
 FAULTS = ('none', 'NaN in a sample', 'Inf in a sample', 'NaN at a layer', 'fp16 overflow')
 FAULTY_RANK = 0
 FAULTY_LAYER = 'backbone.layer2'
-# Largest difference of the final losses from those of a clean run that counts as recovered, as a
+# How much higher than those of a clean run the final losses may be to count as recovered, as a
 # share of the clean ones.
 MARGIN = 0.1
 
@@ -327,7 +327,7 @@ def make_page(outcomes: list[Outcome], args: argparse.Namespace) -> str:
         for name in ('loss', 'eval_loss'):
             loss, reference = (getattr(o, name) for o in (outcome, clean[outcome[0], outcome.amp]))
             change = (loss - reference) / reference
-            is_lost = not abs(change) <= MARGIN
+            is_lost = not change <= MARGIN
             text = f'{loss:.2f} ({change:+.0%})' if math.isfinite(loss) else 'NaN'
             losses.append(f'**{text}**' if is_lost else text)
         rows.append(
@@ -370,7 +370,9 @@ tensors; its formula and its exchange are the same.
 
 Losses are the mean of the last sixth of the iterations, and of 8 held-out images in evaluation
 mode with rank 0's model. In brackets the difference from the clean run of the same norm; what is
-further off than {MARGIN:.0%}, or not finite, is in bold.
+higher by more than {MARGIN:.0%}, or not finite, is in bold. So short a training says nothing about
+which norm is better, and its evaluation losses are noisy: three steps more or less move them by as
+much as the table shows.
 
 {table}
 
