@@ -173,7 +173,7 @@ class UBN(_BatchNorm):
             raise ValueError(f'affine_kernel={affine_kernel} needs affine=True')
         if device is not None and not isinstance(device, (torch.device, str, int)):
             raise TypeError(f'device must be a torch.device, got {device!r}')
-        if dtype is not None and dtype not in DTYPES:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
             raise TypeError(f'dtype must be one of {DTYPES}, got {dtype!r}')
 
         super().__init__(
