@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -11,10 +12,16 @@ from distributed import run
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from tiny_config import ROOT
 from tiny_detector import build_detector, layers_of, make_batch
 from torch.utils.data import DataLoader
 
 from ubn_det.engine import NonFiniteStepHook
+
+# The tools import their neighbours, as they do when they are run.
+sys.path.append(str(ROOT / 'tools'))
+
+from inject_faults import CPUAmpOptimWrapper, in_half  # noqa: E402
 
 NUM_ITERS = 60
 FAULTY = range(20, 23)
@@ -61,34 +68,6 @@ class Poison(Hook):
         self.losses.append(outputs['loss'].item())
 
 
-class ScaledOptimWrapper(OptimWrapper):
-    """AmpOptimWrapper, which mmengine has for GPUs only, with torch's gradient scaler for CPU."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=INIT_SCALE)
-
-    def backward(self, loss, **kwargs):
-        self.loss_scaler.scale(loss).backward(**kwargs)
-        self._inner_count += 1
-
-    def step(self, **kwargs):
-        self.loss_scaler.unscale_(self.optimizer)
-        self._clip_grad()
-        self.loss_scaler.step(self.optimizer, **kwargs)
-        self.loss_scaler.update()
-
-
-def in_half(extract):
-    """Let backbone and neck run in float16; mmcv's operators on CPU want float32."""
-
-    def extract_in_half(*args):
-        with torch.autocast('cpu', torch.float16):
-            return tuple(feature.float() for feature in extract(*args))
-
-    return extract_in_half
-
-
 def train(rank, norm_cfg, fault, faulty_rank, amp, work_dir):
     """Train a detector in a Runner; return what is left of it on this rank.
 
@@ -106,17 +85,19 @@ def train(rank, norm_cfg, fault, faulty_rank, amp, work_dir):
     batches = [make_batch([(40, 56), (56, 40)], [2, 3]) for _ in range(5)] * NUM_ITERS
     batches = [b for i, b in enumerate(batches[:NUM_ITERS]) if fault or i not in FAULTY]
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=10))
     if amp:
         detector.extract_feat = in_half(detector.extract_feat)
+        wrapper = CPUAmpOptimWrapper(
+            optimizer=optimizer, clip_grad=dict(max_norm=10), init_scale=INIT_SCALE
+        )
     poison = Poison(fault, faulty_rank)
     runner = Runner(
         model=detector,
         work_dir=f'{work_dir}/{rank}',
         train_dataloader=DataLoader(batches, batch_size=1, collate_fn=lambda b: b[0]),
         train_cfg=dict(by_epoch=False, max_iters=len(batches)),
-        optim_wrapper=(ScaledOptimWrapper if amp else OptimWrapper)(
-            optimizer=optimizer, clip_grad=dict(max_norm=10)
-        ),
+        optim_wrapper=wrapper,
         custom_hooks=[poison, NonFiniteStepHook()],
         default_hooks=dict(
             checkpoint=None, sampler_seed=None, logger=dict(type='LoggerHook', interval=1)

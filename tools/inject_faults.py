@@ -123,12 +123,13 @@ class CPUAmpOptimWrapper(OptimWrapper):
     """AmpOptimWrapper of mmengine for CPU, which it refuses: with a gradient scaler.
 
     Args:
+        init_scale (float): Gradient scale at the start.
         **kwargs: As in OptimWrapper.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, init_scale: float = 2.0**10, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scale the loss and go back from it."""

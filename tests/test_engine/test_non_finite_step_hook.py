@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import uuid
 
 import pytest
@@ -11,10 +12,16 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
+from tiny_config import ROOT
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ubn_det.engine import NonFiniteStepHook
+
+# The tools import their neighbours, as they do when they are run.
+sys.path.append(str(ROOT / 'tools'))
+
+from inject_faults import CPUAmpOptimWrapper  # noqa: E402
 
 
 class Model(BaseModel):
@@ -147,29 +154,15 @@ def test_accumulated_steps_are_skipped_as_one(tmp_path):
     assert scalars(tmp_path) == {4: 1}
 
 
-class ScaledOptimWrapper(OptimWrapper):
-    """AmpOptimWrapper, which mmengine has for GPUs only, with torch's gradient scaler for CPU."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2.0**100)
-
-    def backward(self, loss, **kwargs):
-        self.loss_scaler.scale(loss).backward(**kwargs)
-        self._inner_count += 1
-
-    def step(self, **kwargs):
-        self.loss_scaler.step(self.optimizer, **kwargs)
-        self.loss_scaler.update()
-
-
 @pytest.mark.parametrize('accumulative_counts', [1, 2])
 def test_steps_that_the_gradient_scaler_skips_are_counted(tmp_path, accumulative_counts):
     batches = [[1.0] * 3] * accumulative_counts
     batches = batches + [[1e9] * 3] * accumulative_counts + batches
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    wrapper = ScaledOptimWrapper(optimizer=optimizer, accumulative_counts=accumulative_counts)
+    wrapper = CPUAmpOptimWrapper(
+        optimizer=optimizer, accumulative_counts=accumulative_counts, init_scale=2.0**100
+    )
     runner = make_runner(tmp_path, batches, model=model, wrapper=wrapper)
     runner.train()
     assert scalars(tmp_path) == {2 * accumulative_counts: 1}
