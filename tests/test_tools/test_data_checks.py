@@ -1,6 +1,7 @@
 """Faulty data sets are named, with the file and the id, before anything is trained on them."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -16,9 +17,18 @@ from coco_annotations import InputError  # noqa: E402
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
 
 
+@pytest.fixture(scope='module')
+def sound(tmp_path_factory):
+    """A config and its data set, which take longer to draw than to copy."""
+    return write_config(tmp_path_factory.mktemp('sound'), max_iters=1)
+
+
 @pytest.fixture
-def config(tmp_path):
-    return write_config(tmp_path, max_iters=1)
+def config(sound, tmp_path):
+    shutil.copytree(sound.parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / sound.name
+    path.write_text(path.read_text().replace(str(sound.parent), str(tmp_path)))
+    return path
 
 
 def annotations(config, split):
