@@ -6,8 +6,6 @@ without a word, or fail long after the start with an error that does not say whi
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -250,7 +248,7 @@ def load_annotations(path: str, masks: bool, evaluated: bool = True) -> COCO:
         evaluated: Whether COCOeval reads it; if not, what mmdet's ``CocoDataset`` trains on.
 
     Returns:
-        The ground truth.
+        The ground truth; ``createIndex`` is left to who evaluates.
 
     Raises:
         InputError: If the file cannot be used; names it and what is at fault.
@@ -315,8 +313,6 @@ def load_annotations(path: str, masks: bool, evaluated: bool = True) -> COCO:
             f'{path}: all of its {len(dataset["annotations"])} annotations are left out, so that '
             'there is nothing to train on'
         )
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth.createIndex()
     return ground_truth
 
 

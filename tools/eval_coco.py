@@ -246,6 +246,8 @@ def evaluate_runs(
     """
     metrics = [metric for metric in METRICS if any(metric in files for files in runs.values())]
     ground_truth = load_annotations(ann_file, masks='segm' in metrics)
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth.createIndex()
     # Everything is read before anything is evaluated: a fault shows in seconds, not in minutes.
     detections = {
         name: {

@@ -24,7 +24,6 @@ import torch.multiprocessing
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from ubn_det.datasets import CLASSES, generate_coco
 from ubn_det.engine import prepare
+from ubn_det.engine.condensation_hook import unwrap
 
 CONFIG = Path(__file__).parent.parent / 'configs/demo/mask-rcnn_r18-scratch_fpn_ubn_demo.py'
 WORLD_SIZE = 2
@@ -313,10 +313,6 @@ def evaluation_loss(runner: Runner) -> float:
         batch = model.data_preprocessor(batch, True)
         losses.append(model.parse_losses(model(**batch, mode='loss'))[0].item())
     return sum(losses) / len(losses)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 def make_page(outcomes: list[Outcome], args: argparse.Namespace) -> str:

@@ -62,7 +62,7 @@ class CondensationHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Compare what the config asks for with what the model has."""
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         if not isinstance(runner.cfg.get('model'), dict):
             # Built by hand: nothing was asked for in a config.
             return
@@ -79,7 +79,7 @@ class CondensationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Say how many UBN layers train their statistics, and warn where few are meant to."""
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         # The loop does the same right after this; only then does norm_eval show.
         model.train()
         layers = {name: m for name, m in model.named_modules() if isinstance(m, UBN)}
@@ -161,7 +161,7 @@ class CondensationHook(Hook):
             return
         # EMAHook has swapped the two: the averages are the state dict that is saved.
         averaged, model = checkpoint['state_dict'], checkpoint['ema_state_dict']
-        for name, module in _unwrap(runner.model).named_modules():
+        for name, module in unwrap(runner.model).named_modules():
             if isinstance(module, UBN):
                 for counter in COUNTERS:
                     key = f'{name}.{counter}'
@@ -220,7 +220,8 @@ def _warn(runner: Runner, message: str) -> None:
     runner.logger.log(logging.WARNING, message)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside of DistributedDataParallel and the like, or the model itself."""
     return model.module if is_model_wrapper(model) else model
 
 

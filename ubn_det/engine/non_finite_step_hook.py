@@ -1,6 +1,5 @@
 """Skip optimizer steps that would destroy the weights."""
 
-import logging
 import math
 from typing import Any
 
@@ -44,8 +43,7 @@ class NonFiniteStepHook(Hook):
         if patience < 1:
             raise ValueError(f'patience must be at least 1, got {patience}')
         self.patience = patience
-        self._num_steps = 0
-        self._num_seen = 0
+        self._has_stepped = False
         self._consecutive = 0
         self._runner: Runner | None = None
         self._handles: list[Any] = []
@@ -77,12 +75,12 @@ class NonFiniteStepHook(Hook):
         wrapper = runner.optim_wrapper
         # A model that has several steps them when it wants.
         scaler = getattr(wrapper, 'loss_scaler', None)
-        if scaler is not None and wrapper.should_update() and self._num_steps == self._num_seen:
+        if scaler is not None and wrapper.should_update() and not self._has_stepped:
             self._skip(f'the gradient scale falls to {scaler.get_scale():g}')
-        self._num_seen = self._num_steps
+        self._has_stepped = False
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._num_steps += 1
+        self._has_stepped = True
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
         gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -105,16 +103,13 @@ class NonFiniteStepHook(Hook):
     def _skip(self, reason: str) -> None:
         runner = self._runner
         self._consecutive += 1
-        count = 1
-        if _INFO in runner.message_hub.runtime_info:
-            count += runner.message_hub.get_info(_INFO)
+        count = runner.message_hub.runtime_info.get(_INFO, 0) + 1
         runner.message_hub.update_info(_INFO, count)
         if is_main_process():
             runner.visualizer.add_scalar('skipped_steps', count, step=runner.iter + 1)
-        runner.logger.log(
-            logging.WARNING,
+        runner.logger.warning(
             f'Iteration {runner.iter + 1}: {reason}, the optimizer step is skipped '
-            f'({count} so far, {self._consecutive} in a row)',
+            f'({count} so far, {self._consecutive} in a row)'
         )
         if self._consecutive > self.patience:
             raise RuntimeError(

@@ -3,11 +3,12 @@
 import torch.distributed as dist
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ubn_det.layers import SyncUBN
+
+from .condensation_hook import unwrap
 
 
 @HOOKS.register_module()
@@ -60,8 +61,9 @@ class SyncGroupHook(Hook):
                 f'group_size={self.group_size} of SyncGroupHook does not divide the number of '
                 f'ranks, {world_size}'
             )
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, SyncUBN)}
+        layers = {
+            name: m for name, m in unwrap(runner.model).named_modules() if isinstance(m, SyncUBN)
+        }
         if not layers:
             raise RuntimeError(
                 'SyncGroupHook found no SyncUBN in the model: set norm_cfg=dict(type="SyncUBN"), '
