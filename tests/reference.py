@@ -5,7 +5,9 @@ nothing from ubn_det. Use float64 for a reference; autograd gives the reference 
 that flow through the batch statistics included.
 
 ``params`` is a dict by UBN's parameter names: weight, bias, center_weight, scale_weight,
-scale_bias, neighbour_weight. A name that is absent, or None, is off.
+scale_bias, neighbour_weight. A name that is absent, or None, is off. All but weight and bias count
+GAIN times, and what flows back to them is divided by it; ``gain=1`` is for the operators, which
+take the values themselves.
 """
 
 import itertools
@@ -13,6 +15,25 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+GAIN = 10
+RECTIFIERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
+
+
+def gain_of(name):
+    """How much a parameter counts."""
+    return GAIN if name in RECTIFIERS else 1
+
+
+def rectifier(params, name, gain=GAIN):
+    """What a parameter stands for, None where it is off."""
+    value = params.get(name)
+    if value is None:
+        return None
+    value = value.clone()
+    if value.requires_grad:
+        value.register_hook(lambda gradient: gradient / gain**2)
+    return gain * value
 
 
 def per_channel(t, x):
@@ -25,21 +46,24 @@ def instance_mean(x):
     return x.mean(dim=tuple(range(2, x.dim())), keepdim=True) if x.dim() > 2 else x
 
 
-def center(x, params):
+def center(x, params, gain=GAIN):
     """x' = x + w_c m."""
-    if params.get('center_weight') is None:
+    center_weight = rectifier(params, 'center_weight', gain)
+    if center_weight is None:
         return x
-    return x + per_channel(params['center_weight'], x) * instance_mean(x)
+    return x + per_channel(center_weight, x) * instance_mean(x)
 
 
-def statistics(x, params=None):
+def statistics(x, params=None, gain=GAIN):
     """Mean and biased variance of x' per channel, and the number of values they are taken over.
 
     ``x`` may be a list of batches, of different batch and map sizes: the statistics are then those
     of all values together.
     """
     pieces = list(x) if isinstance(x, (list, tuple)) else [x]
-    values = torch.cat([center(p, params or {}).transpose(0, 1).flatten(1) for p in pieces], 1)
+    values = torch.cat(
+        [center(p, params or {}, gain).transpose(0, 1).flatten(1) for p in pieces], 1
+    )
     mean = values.mean(1)
     var = ((values - mean[:, None]) ** 2).mean(1)
     return mean, var, values.shape[1]
@@ -47,8 +71,9 @@ def statistics(x, params=None):
 
 def neighbourhood(x, kernel):
     """Depthwise correlation with (C, 1, k, ...), zeros beyond the border: shifts and sums."""
-    if x.dim() == 2:
-        return neighbourhood(x.unsqueeze(-1), kernel).squeeze(-1)
+    if x.dim() < kernel.dim():
+        # A map of height 1.
+        return neighbourhood(x.unsqueeze(2), kernel).squeeze(2)
     size = kernel.shape[-1]
     padded = F.pad(x, [size // 2] * (2 * (x.dim() - 2)))
     total = torch.zeros_like(x)
@@ -59,25 +84,25 @@ def neighbourhood(x, kernel):
     return total
 
 
-def ubn(x, params, eps, mean=None, var=None):
+def ubn(x, params, eps, mean=None, var=None, gain=GAIN):
     """UBN's output, and the statistics that normalized it.
 
     Training: leave ``mean`` and ``var`` out; they are the batch's, and gradient flows through
     them. Evaluation, or a closed gate: pass the running ones.
     """
-    centered = center(x, params)
+    centered = center(x, params, gain)
     if mean is None:
-        mean, var, _ = statistics(x, params)
+        mean, var, _ = statistics(x, params, gain)
     z = (centered - per_channel(mean, x)) / torch.sqrt(per_channel(var, x) + eps)
     if params.get('scale_weight') is not None:
-        logit = per_channel(params['scale_weight'], x) * instance_mean(z)
-        logit = logit + per_channel(params['scale_bias'], x)
+        logit = per_channel(rectifier(params, 'scale_weight', gain), x) * instance_mean(z)
+        logit = logit + per_channel(rectifier(params, 'scale_bias', gain), x)
         z = z * 2 / (1 + torch.exp(-logit))
     y = z
     if params.get('weight') is not None:
         y = per_channel(params['weight'], x) * z
     if params.get('neighbour_weight') is not None:
-        y = y + neighbourhood(z, params['neighbour_weight'])
+        y = y + neighbourhood(z, rectifier(params, 'neighbour_weight', gain))
     if params.get('bias') is not None:
         y = y + per_channel(params['bias'], x)
     return y, mean, var
@@ -166,7 +191,7 @@ class GateReference:
         return True
 
 
-def random_params(num_features, dims, kernel=1, dtype=torch.float64):
+def random_params(num_features, dims, kernel=1, dtype=torch.float64, gain=GAIN):
     """Return random values for all of UBN's parameters; one weight is exactly 0."""
     names = ('weight', 'bias', 'center_weight', 'scale_weight', 'scale_bias')
     params = {name: torch.randn(num_features, dtype=dtype) for name in names}
@@ -174,4 +199,4 @@ def random_params(num_features, dims, kernel=1, dtype=torch.float64):
     params['weight'][0] = 0
     if kernel > 1:
         params['neighbour_weight'] = torch.randn(num_features, 1, *[kernel] * dims, dtype=dtype)
-    return params
+    return {name: p / (gain if name in RECTIFIERS else 1) for name, p in params.items()}

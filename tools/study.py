@@ -27,6 +27,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Container
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,7 +38,8 @@ from coco_annotations import InputError
 from data_checks import check_data
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from plot_training import read_scalars
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from ubn_det.engine import build_runner, prepare, set_data_root
 
@@ -45,6 +47,25 @@ RESULT = 'result.json'
 CONDENSATION_TAGS = ('condensation/', 'condensed_share/')
 # What a run's process needs anyway; imported once, by the process that starts the others.
 _PRELOADED = ['mmcv.ops', 'mmdet.apis', 'pycocotools.cocoeval', 'ubn_det']
+
+
+class EvaluateFirstHook(Hook):
+    """Evaluate what a run resumes from, where it was interrupted before it had done so.
+
+    mmengine saves a checkpoint before the evaluation of its iteration, and goes on after both.
+
+    Args:
+        evaluated (Container[int]): Iterations that were evaluated before.
+    """
+
+    def __init__(self, evaluated: Container[int]) -> None:
+        self.evaluated = evaluated
+
+    def before_train(self, runner: Runner) -> None:
+        """Evaluate if it is due."""
+        due = runner.iter > 0 and runner.iter % runner.train_loop.val_interval == 0
+        if due and runner.iter not in self.evaluated:
+            runner.val_loop.run()
 
 
 class StudyError(ValueError):
@@ -145,6 +166,38 @@ def read_result(run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+class Logs(NamedTuple):
+    """What the visualizer wrote in a run, resumed or not; the later part wins.
+
+    Args:
+        scalars (dict[int, dict[str, float]]): Losses, metrics and scores, by iteration.
+        seconds (list[float]): Times of a training iteration.
+        evaluated (set[int]): Iterations that were evaluated.
+    """
+
+    scalars: dict[int, dict[str, float]]
+    seconds: list[float]
+    evaluated: set[int]
+
+
+def read_logs(folder: Path) -> Logs:
+    """Read the logs of a run; they are empty where it has none yet."""
+    logs = Logs({}, [], set())
+    for file in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            scalars = json.loads(line)
+            step = int(scalars.pop('step'))
+            if 'time' in scalars and 'lr' in scalars:
+                logs.seconds.append(scalars['time'])
+            elif 'time' in scalars:
+                # That of an image.
+                logs.evaluated.add(step)
+            logs.scalars.setdefault(step, {}).update(
+                (tag, v) for tag, v in scalars.items() if tag not in ('time', 'data_time', 'iter')
+            )
+    return logs
+
+
 def train(study: Config, run: Run, data_root: str | None, device: int | None) -> None:
     """Do one run to its end, in a process of its own; its output goes to a file beside it."""
     # mmengine logs to the standard streams, C++ to their descriptors.
@@ -160,6 +213,7 @@ def train(study: Config, run: Run, data_root: str | None, device: int | None) ->
     cfg.work_dir = str(run.folder)
     cfg.resume = True
     runner = build_runner(cfg, 'resume')
+    runner.register_hook(EvaluateFirstHook(read_logs(run.folder).evaluated))
     runner.train()
     checkpoint = (run.folder / 'last_checkpoint').read_text()
 
@@ -172,7 +226,12 @@ def train(study: Config, run: Run, data_root: str | None, device: int | None) ->
         cfg.experiment_name = f'{slug(run.setting)}_{run.seed}_{slug(name)}'
         evaluations[name] = build_runner(cfg, 'test').test()
 
-    result = dict(scalars=read_scalars(run.folder), evaluations=evaluations)
+    logs = read_logs(run.folder)
+    result = dict(
+        scalars=logs.scalars,
+        seconds_per_iter=statistics.median(logs.seconds),
+        evaluations=evaluations,
+    )
     part = run.folder / f'{RESULT}.part'
     part.write_text(json.dumps(result))
     part.replace(run.folder / RESULT)
@@ -244,17 +303,13 @@ def collect(study: Config, runs: list[Run], out: Path) -> int:
             continue
         num_finished += 1
         key = (run.setting, run.seed)
-        times = []
         for step, scalars in result['scalars'].items():
-            # Evaluation logs the time of an image under the same tag.
-            if 'loss' in scalars and 'time' in scalars:
-                times.append(scalars['time'])
             for tag, value in scalars.items():
                 if tag.startswith(CONDENSATION_TAGS):
                     layers.setdefault((run.setting, tag, int(step)), []).append(value)
-                elif not isinstance(value, str) and tag not in ('time', 'data_time', 'memory'):
+                elif not isinstance(value, str):
                     rows.append((*key, step, tag, f'{value:.5g}'))
-        rows.append((*key, 0, 'seconds_per_iter', f'{statistics.median(times):.4g}'))
+        rows.append((*key, 0, 'seconds_per_iter', f'{result["seconds_per_iter"]:.4g}'))
         for name, metrics in result['evaluations'].items():
             rows.extend((*key, -1, f'{name}/{tag}', f'{v:.5g}') for tag, v in metrics.items())
     out.parent.mkdir(parents=True, exist_ok=True)

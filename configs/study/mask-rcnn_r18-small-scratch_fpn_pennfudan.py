@@ -32,8 +32,9 @@ train_dataloader = dict(loading, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(loading, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_iters = 240
+# A larger step than that of the larger model, and fewer of them.
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
+max_iters = 240
 train_cfg = dict(max_iters=max_iters, val_interval=30)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=30),

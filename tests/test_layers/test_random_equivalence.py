@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import random_params, statistics
+from reference import gain_of, random_params, statistics
 from sync_reference import SyncReference, pair_weighted_score
 from torch import Tensor
 
@@ -334,7 +334,10 @@ def rounding_bounds(case, xs, dys, params, used, before):
         types.append(case.types[1])
     unit = NUM_ROUNDINGS * max(torch.finfo(dtype).eps for dtype in types)
 
-    size = {name: p.detach().abs().view(num_features, -1).sum(1) for name, p in params.items()}
+    size = {
+        name: gain_of(name) * p.detach().abs().view(num_features, -1).sum(1)
+        for name, p in params.items()
+    }
     center, scale = (1 + size.get(name, 0) for name in ('center_weight', 'scale_weight'))
     weight = size.get('weight', 1) + size.get('neighbour_weight', 0)
     x, dy = largest(xs), largest(dys).max()

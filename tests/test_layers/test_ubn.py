@@ -14,22 +14,24 @@ from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_di
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ubn_det import UBN, UBN1d, UBN2d, UBN3d
+import ubn_det
+from ubn_det import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
+from ubn_det.layers.ubn import RECTIFIER_GAIN
 
 EPS = 1e-3
 
 # float64: two orders of summation of at most some ten thousand terms of size 1 to 10.
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
-PLAIN = dict(centering=False, scaling=False, condensation_threshold=None)
+PLAIN = dict(centering=False, scaling=False, condensation_threshold=None, affine_kernel=1)
 CONFIGS = {
     'BN': PLAIN,
-    'centering': dict(scaling=False),
-    'scaling': dict(centering=False),
-    'rectifiers': dict(),
+    'centering': dict(scaling=False, affine_kernel=1),
+    'scaling': dict(centering=False, affine_kernel=1),
+    'rectifiers': dict(affine_kernel=1),
     'rectifiers, no affine': dict(affine=False),
     'no affine': dict(affine=False, **PLAIN),
-    'neighbourhood': dict(affine_kernel=3, **PLAIN),
+    'neighbourhood': {**PLAIN, 'affine_kernel': 3},
     'all': dict(affine_kernel=3),
     'all, freeze': dict(affine_kernel=3, on_condensed='freeze'),
 }
@@ -150,7 +152,9 @@ def test_without_running_statistics_the_batch_normalizes_itself(config, training
 
 
 @configs
-def test_gradcheck(config):
+def test_gradcheck(config, monkeypatch):
+    # With another gain what flows to the parameters is no derivative.
+    monkeypatch.setattr(ubn_det.layers.ubn, 'RECTIFIER_GAIN', 1)
     shape = (2, 2, 2, 3)
     layer = build(shape, **config)
     names = [name for name, _ in layer.named_parameters()]
@@ -177,7 +181,7 @@ def test_float32(config, training, device):
 
 def test_weight_of_zero_lets_only_its_own_gradient_through():
     shape = (3, 4, 5, 6)
-    layer = build(shape)
+    layer = build(shape, affine_kernel=1)
     nn.init.zeros_(layer.weight)
     x = torch.randn(shape).double().requires_grad_()
     y = layer(x)
@@ -254,15 +258,19 @@ def test_a_new_layer_is_bn_by_default():
 
 def test_rbn_is_a_special_case():
     shape = (3, 4, 5, 6)
-    layer = build(shape, condensation_threshold=None)
+    layer = build(shape, condensation_threshold=None, affine_kernel=1)
     x = torch.randn(shape).double().requires_grad_()
-    params = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+    params = {
+        n: (reference.gain_of(n) * p.detach()).requires_grad_()
+        for n, p in layer.named_parameters()
+    }
     with torch.no_grad():
         layer.weight /= 2
     y, expected = layer(x), reference.rbn(x, **params, eps=EPS)
     torch.testing.assert_close(y, expected, **CLOSE)
     dy = torch.randn_like(y)
     actual = gradients_of(y, x, layer, dy)
+    actual = {n: reference.gain_of(n) * gradient for n, gradient in actual.items()}
     actual['weight'] = actual['weight'] / 2
     leaves = [x, *params.values()]
     expected = dict(zip(actual, torch.autograd.grad(expected, leaves, dy), strict=True))
@@ -273,7 +281,7 @@ def test_rbn_gate_of_its_own_initial_bias():
     # RBN starts with scale_bias 1: far from this layer's identity, but within its reach.
     x = torch.randn(2, 3, 4, 4).double()
     layer = UBN(3, dtype=torch.float64)
-    nn.init.ones_(layer.scale_bias)
+    nn.init.constant_(layer.scale_bias, 1 / RECTIFIER_GAIN)
     nn.init.constant_(layer.weight, 0.5)
     zeros, ones = torch.zeros(3).double(), torch.ones(3).double()
     expected = reference.rbn(x, zeros, zeros, ones, ones, zeros, layer.eps)
@@ -283,9 +291,9 @@ def test_rbn_gate_of_its_own_initial_bias():
 @pytest.mark.parametrize('size', [3, 5])
 def test_bnet_is_a_special_case(size):
     shape = (3, 4, 5, 6)
-    layer = build(shape, affine_kernel=size, **PLAIN)
+    layer = build(shape, **{**PLAIN, 'affine_kernel': size})
     x = torch.randn(shape).double().requires_grad_()
-    kernel = layer.neighbour_weight.detach().clone()
+    kernel = reference.GAIN * layer.neighbour_weight.detach()
     centre = (slice(None), 0, size // 2, size // 2)
     kernel[centre] += layer.weight.detach()
     kernel.requires_grad_()
@@ -295,8 +303,45 @@ def test_bnet_is_a_special_case(size):
     dy = torch.randn_like(y)
     d_x, d_kernel, d_bias = torch.autograd.grad(expected, [x, kernel, bias], dy)
     expected = {'x': d_x, 'weight': d_kernel[centre], 'bias': d_bias}
-    expected['neighbour_weight'] = d_kernel
+    expected['neighbour_weight'] = d_kernel / reference.GAIN
     torch.testing.assert_close(gradients_of(y, x, layer, dy), expected, **CLOSE)
+
+
+def test_gain_is_a_step_size(monkeypatch):
+    """SGD moves what counts as without a gain, Adam the gain times as far."""
+    shape = (3, 4, 5, 6)
+    x, dy = torch.randn(shape).double(), torch.randn(shape).double()
+    moved = {}
+    for optimizer, gain in itertools.product((torch.optim.SGD, torch.optim.Adam), (1, 10)):
+        monkeypatch.setattr(ubn_det.layers.ubn, 'RECTIFIER_GAIN', gain)
+        layer = UBN2d(shape[1], dtype=torch.float64)
+        optimizer(layer.parameters(), lr=1e-3).step(
+            lambda layer=layer: (layer(x) * dy).sum().backward()
+        )
+        moved[optimizer, gain] = [gain * getattr(layer, name) for name in reference.RECTIFIERS]
+    sgd, adam = torch.optim.SGD, torch.optim.Adam
+    torch.testing.assert_close(moved[sgd, 10], moved[sgd, 1])
+    torch.testing.assert_close(moved[adam, 10], [10 * m for m in moved[adam, 1]])
+
+
+@pytest.mark.parametrize('shape', [(5, 4), (3, 4, 7)], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+def test_neighbourhood_takes_fewer_dimensions_as_a_map_of_height_1(shape, training):
+    layer = UBN(4, dtype=torch.float64)
+    flat = build((1, 4, 1, 1))
+    layer.load_state_dict(flat.state_dict())
+    check(
+        layer.train(training), torch.randn(shape).double(), *(() if training else constants(layer))
+    )
+
+
+@pytest.mark.parametrize(
+    ('kind', 'affine', 'size'),
+    [(UBN, True, 3), (UBN2d, True, 3), (SyncUBN, True, 3), (UBN, False, 1), (UBN1d, True, 1)]
+    + [(UBN3d, True, 1)],
+)
+def test_default_neighbourhood(kind, affine, size):
+    assert kind(4, affine=affine).affine_kernel == size
 
 
 # Running statistics
@@ -330,7 +375,7 @@ def test_momentum_is_the_weight_of_the_batch():
 
 def test_running_statistics_of_the_centered_input():
     layer = UBN(1, momentum=1.0, dtype=torch.float64)
-    nn.init.constant_(layer.center_weight, 0.5)
+    nn.init.constant_(layer.center_weight, 0.5 / RECTIFIER_GAIN)
     # Instance means 2 and 4 become 3 and 6; deviations of 1 within each.
     layer(torch.tensor([[[1.0, 3.0]], [[3.0, 5.0]]]).double())
     torch.testing.assert_close(layer.running_mean.item(), 4.5)
@@ -672,7 +717,7 @@ def test_a_single_value_cannot_normalize_itself(shape, config, track, training):
             for v in (0, 1, None, 'yes')
         ],
         *[('affine_kernel', v, ValueError) for v in (0, -3, 2, 4)],
-        *[('affine_kernel', v, TypeError) for v in (3.0, (3, 3), None, True)],
+        *[('affine_kernel', v, TypeError) for v in (3.0, (3, 3), True)],
     ],
 )
 def test_bad_arguments(name, value, error):
@@ -719,8 +764,8 @@ def test_options_are_keywords():
         (UBN, {}, torch.ones(2, 4, 3, 3, dtype=torch.cfloat), TypeError, 'floating.*complex'),
         (UBN, {}, torch.ones(2, 4, 3, 3, device='meta'), TypeError, 'meta'),
         *[
-            (UBN, dict(affine_kernel=3), x, ValueError, 'affine_kernel=3 of UBN is a 2-d')
-            for x in (torch.randn(5, 4), torch.randn(2, 4, 5), torch.randn(2, 4, 3, 3, 3))
+            (UBN, options, torch.randn(2, 4, 3, 3, 3), ValueError, 'affine_kernel=3 of UBN is a 2')
+            for options in ({}, dict(affine_kernel=3))
         ],
     ],
     ids=lambda v: str(tuple(v.shape)) if isinstance(v, torch.Tensor) else None,
@@ -774,7 +819,7 @@ def test_what_is_off_is_none(affine, track, option):
         center_weight=option != 'centering',
         scale_weight=option != 'scaling',
         scale_bias=option != 'scaling',
-        neighbour_weight=False,
+        neighbour_weight=affine and option != 'affine_kernel',
     )
     for name in (
         *('running_mean', 'running_var', 'num_batches_tracked', 'condensation'),

@@ -48,8 +48,13 @@ SHAPES = [
 names = pytest.mark.parametrize('names', RECTIFIERS.values(), ids=RECTIFIERS)
 
 
+def reference_ubn(*args):
+    """Take the values themselves, as the operators do."""
+    return reference.ubn(*args, gain=1)
+
+
 def make(shape, names, kernel=3):
-    params = reference.random_params(shape[1], len(shape) - 2, kernel)
+    params = reference.random_params(shape[1], len(shape) - 2, kernel, gain=1)
     params = {name: params[name].requires_grad_() for name in names}
     return torch.randn(shape, dtype=torch.float64, requires_grad=True), params
 
@@ -62,7 +67,7 @@ def apply(x, params, mean=None, var=None, opened=True, group=None):
     share = None
     if mean is None:
         with torch.no_grad():
-            mean, var, count = reference.statistics(x, params)
+            mean, var, count = reference.statistics(x, params, gain=1)
         share = torch.tensor(opened / count, dtype=mean.dtype, device=mean.device)
     elif not opened:
         share = torch.zeros((), dtype=mean.dtype)
@@ -89,7 +94,7 @@ def test_output_and_gradients(shape, names, training):
     x, params = make(shape, names)
     given = () if training else running(shape[1])
     y, *_ = apply(x, params, *given)
-    expected, *_ = reference.ubn(x, params, EPS, *given)
+    expected, *_ = reference_ubn(x, params, EPS, *given)
     assert y.shape == x.shape
     torch.testing.assert_close(y, expected, **CLOSE)
     dy = torch.randn_like(y)
@@ -100,7 +105,7 @@ def test_output_and_gradients(shape, names, training):
 def test_kernels_larger_than_the_map(kernel):
     x, params = make((2, 3, 4, 3), RECTIFIERS['all'], kernel)
     y, *_ = apply(x, params)
-    expected, *_ = reference.ubn(x, params, EPS)
+    expected, *_ = reference_ubn(x, params, EPS)
     dy = torch.randn_like(y)
     torch.testing.assert_close(y, expected, **CLOSE)
     torch.testing.assert_close(grads(y, x, params, dy), grads(expected, x, params, dy), **CLOSE)
@@ -128,7 +133,7 @@ def test_gate_decides_whether_statistics_have_a_gradient(names, opened):
     x, params = make((3, 4, 5, 6), names)
     y, mean, var = apply(x, params, opened=opened)
     given = () if opened else (mean, var)
-    expected, *_ = reference.ubn(x, params, EPS, *given)
+    expected, *_ = reference_ubn(x, params, EPS, *given)
     dy = torch.randn_like(y)
     torch.testing.assert_close(grads(y, x, params, dy), grads(expected, x, params, dy), **CLOSE)
 
@@ -140,7 +145,7 @@ def test_a_closed_gate_keeps_a_gradient_that_is_not_finite_out():
     # Running statistics normalize, and no factor of 0 stands between them and the NaN.
     mean, var = running(3)
     y, *_ = apply(x, params, mean, var, opened=False)
-    expected, *_ = reference.ubn(x, params, EPS, mean, var)
+    expected, *_ = reference_ubn(x, params, EPS, mean, var)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
     (dx_expected,) = torch.autograd.grad(expected, x, dy)
@@ -151,7 +156,7 @@ def test_a_closed_gate_keeps_a_gradient_that_is_not_finite_out():
 @names
 def test_parts_with_all_reduce_equal_the_whole(names, monkeypatch):
     x, params = make((5, 4, 3, 6), names)
-    expected, mean, var = reference.ubn(x, params, EPS)
+    expected, mean, var = reference_ubn(x, params, EPS)
     dy = torch.randn_like(expected)
     whole = grads(expected, x, params, dy)
     share = torch.tensor(1 / (5 * 3 * 6), dtype=torch.float64)
@@ -198,7 +203,7 @@ def test_empty_input_has_zero_gradients(shape, names):
 
 def test_float32_accuracy(device):
     x, params = make((4, 8, 16, 16), RECTIFIERS['all'])
-    expected, *_ = reference.ubn(x, params, EPS)
+    expected, *_ = reference_ubn(x, params, EPS)
     dy = torch.randn_like(expected)
     exact = grads(expected, x, params, dy)
     x = x.detach().float().to(device).requires_grad_()
@@ -217,7 +222,7 @@ def test_float32_accuracy(device):
 def test_half_precision_features(dtype, names, device):
     x, params = make((4, 8, 6, 6), names)
     x = x.detach().to(dtype).requires_grad_()
-    expected, *_ = reference.ubn(x.double(), params, EPS)
+    expected, *_ = reference_ubn(x.double(), params, EPS)
     dy = torch.randn_like(expected).to(dtype)
     exact = grads(expected, x, params, dy.double())
     params = {n: p.detach().float().to(device).requires_grad_() for n, p in params.items()}
@@ -242,7 +247,7 @@ def test_half_precision_features(dtype, names, device):
 def test_no_gradient_for_an_input_that_wants_none():
     x, params = make((3, 4, 5, 6), RECTIFIERS['all'])
     y, *_ = apply(x.detach(), params)
-    expected, *_ = reference.ubn(x.detach(), params, EPS)
+    expected, *_ = reference_ubn(x.detach(), params, EPS)
     dy = torch.randn_like(y)
     torch.testing.assert_close(
         torch.autograd.grad(y, params.values(), dy),
@@ -259,7 +264,7 @@ def test_small_instance_means_are_not_kept(shape):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y, *_ = apply(x, params)
     assert any(t.shape == shape[:2] for t in kept) == (shape[2:] == (8, 16))
-    expected, *_ = reference.ubn(x, params, EPS)
+    expected, *_ = reference_ubn(x, params, EPS)
     dy = torch.randn_like(y)
     torch.testing.assert_close(grads(y, x, params, dy), grads(expected, x, params, dy), **CLOSE)
 
@@ -286,7 +291,7 @@ def test_training_operator(names, opened):
     rule = Rule(0.1, 1.0 if opened else -1.0, 0, 100, False)
     y, m, statistics = unified_batch_norm_training(x, Parameters(**params), EPS, buffers, rule)
     given = () if opened else before[:2]
-    expected, mean, var = reference.ubn(x, params, EPS, *given)
+    expected, mean, var = reference_ubn(x, params, EPS, *given)
     dy = torch.randn_like(y)
     torch.testing.assert_close(y, expected, **CLOSE)
     torch.testing.assert_close(grads(y, x, params, dy), grads(expected, x, params, dy), **CLOSE)

@@ -99,6 +99,7 @@ def test_interrupted_study_goes_on(tmp_path):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
+    # Saved before the evaluation of its iteration.
     mark = runs / 'bn/seed0/last_checkpoint'
     deadline = time.monotonic() + 120
     while not mark.exists() and time.monotonic() < deadline:

@@ -37,6 +37,37 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # More would not fit a thousand channels into memory.
 _MAX_KERNEL = 999
 
+# What the formulas take over the parameter that is learnt, for all that BN lacks. From zeros an
+# optimizer like Adam, which moves every parameter by about the learning rate, would take most of a
+# short training to values that matter: docs/results.md has what that costs.
+RECTIFIER_GAIN = 10.0
+
+
+class Gain(torch.autograd.Function):
+    """Times RECTIFIER_GAIN; the gradient is divided by it, where the derivative would multiply.
+
+    So SGD moves what the formulas take as if it were the parameter, and an optimizer whose step
+    does not depend on the scale of gradients moves it the gain times as far. A constant factor on
+    a parameter's gradient is a choice of its step, not of the function that is learnt (unit
+    scaling: Blake, Orr and Luschi, ICML 2023).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor) -> Tensor:
+        """Return the values."""
+        return parameter * RECTIFIER_GAIN
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the gradient."""
+        return gradient / RECTIFIER_GAIN
+
 
 class Kept(NamedTuple):
     """What a forward that may be recomputed leaves for its second run.
@@ -64,9 +95,10 @@ class UBN(_BatchNorm):
 
     m is the mean of x over one instance channel, k the mean of z over it. mu and var are the mean
     and the biased variance of x' over the batch in training and the running ones in evaluation.
-    ``weight``, ``bias``, w_c = ``center_weight``, w_s = ``scale_weight`` and b_s = ``scale_bias``
-    are (C,); neighbour = ``neighbour_weight`` is a depthwise kernel. All but ``weight`` start at
-    0, so that a new UBN is BN.
+    ``weight``, ``bias``, w_c = 10 ``center_weight``, w_s = 10 ``scale_weight`` and b_s = 10
+    ``scale_bias`` are (C,); neighbour = 10 ``neighbour_weight`` is a depthwise kernel. All but
+    ``weight`` start at 0, so that a new UBN is BN. The 10 lets Adam move them 10 times as fast as
+    the other parameters, and SGD as fast; see ``Gain``.
 
     In training the *condensation score* s, the mean cosine similarity over all pairs of samples of
     x, decides whether the batch is let through. The gate is open, and the batch normalizes itself
@@ -102,8 +134,10 @@ class UBN(_BatchNorm):
         patience (int): Number of closed batches in a row after which one is let through, >= 1.
         centering (bool): Whether there is ``center_weight``.
         scaling (bool): Whether there are ``scale_weight`` and ``scale_bias``.
-        affine_kernel (int): Size k of the neighbourhood, odd; 1 for none. UBN and UBN2d have a k x
-            k kernel, UBN1d and UBN3d one of their dimension. Needs ``affine``.
+        affine_kernel (int, optional): Size k of the neighbourhood, odd; 1 for none. UBN, UBN2d and
+            SyncUBN have a k x k kernel, which takes an input of fewer dimensions as a map of
+            height 1; UBN1d and UBN3d one of their dimension. Needs ``affine``. None for 3 in UBN,
+            UBN2d and SyncUBN where ``affine``, else 1.
         device (torch.device, optional): Of parameters and buffers.
         dtype (torch.dtype, optional): Of parameters and running statistics, floating point.
 
@@ -124,6 +158,7 @@ class UBN(_BatchNorm):
     _abbr_ = 'bn'
     _input_dims: tuple[int, ...] = (2, 3, 4, 5)
     _kernel_dims = 2
+    _default_kernel = 3
 
     def __init__(
         self,
@@ -139,7 +174,7 @@ class UBN(_BatchNorm):
         patience: int = 100,
         centering: bool = True,
         scaling: bool = True,
-        affine_kernel: int = 1,
+        affine_kernel: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -166,6 +201,8 @@ class UBN(_BatchNorm):
         ).items():
             if not isinstance(value, bool):
                 raise TypeError(f'{name} must be True or False, got {value!r}')
+        if affine_kernel is None:
+            affine_kernel = self._default_kernel if affine else 1
         affine_kernel = _integer('affine_kernel', affine_kernel, 1, _MAX_KERNEL)
         if affine_kernel % 2 == 0:
             raise ValueError(f'affine_kernel must be odd, got {affine_kernel}')
@@ -227,17 +264,11 @@ class UBN(_BatchNorm):
             return self._bn(input)
 
         x = input.contiguous()
-        as_vector = self.affine_kernel > 1 and x.dim() == 2
-        if as_vector:
-            x = x.unsqueeze(-1)
-        parameters = Parameters(
-            self.weight,
-            self.bias,
-            self.center_weight,
-            self.scale_weight,
-            self.scale_bias,
-            self.neighbour_weight,
-        )
+        # A map of height 1 where the neighbourhood has more dimensions.
+        missing = 2 + self._kernel_dims - x.dim() if self.affine_kernel > 1 else 0
+        if missing:
+            x = x.reshape(*x.shape[:2], *[1] * missing, *x.shape[2:])
+        parameters = Parameters(self.weight, self.bias, *self.rectifiers())
         if takes_batch and not (self.training and _is_recomputing()):
             group = self._group_name()
             if (
@@ -259,10 +290,18 @@ class UBN(_BatchNorm):
             else:
                 statistics = Statistics(self.running_mean, self.running_var)
             y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
-        if as_vector:
-            y = y.squeeze(-1)
+        if missing:
+            y = y.reshape(input.shape)
         memory_format = _memory_format(input)
         return y if memory_format is None else y.contiguous(memory_format=memory_format)
+
+    def rectifiers(self) -> list[Tensor | None]:
+        """Return what the formulas take: w_c, w_s, b_s and neighbour, None for what is off.
+
+        RECTIFIER_GAIN times the parameters, see ``Gain``.
+        """
+        parameters = (getattr(self, name) for name in EXTRA_PARAMETERS)
+        return [None if p is None else Gain.apply(p) for p in parameters]
 
     def _is_bn(self, input: Tensor) -> bool:
         """Whether there is nothing that BN lacks, or all of it at 0: then BN's own kernel runs."""
@@ -351,15 +390,10 @@ class UBN(_BatchNorm):
         if input.layout is not torch.strided or input.is_nested:
             layout = 'a nested' if input.is_nested else f'a {input.layout}'
             raise RuntimeError(f'{name} expects a dense input, got {layout} one')
-        if (
-            self.affine_kernel > 1
-            and dim - 2 != self._kernel_dims
-            and not (dim == 2 and self._kernel_dims == 1)
-        ):
+        if self.affine_kernel > 1 and dim - 2 > self._kernel_dims:
             raise ValueError(
                 f'affine_kernel={self.affine_kernel} of {name} is a {self._kernel_dims}-d '
-                f'neighbourhood, got {dim}-D input: use UBN1d, UBN2d or UBN3d as the input has '
-                '1, 2 or 3 dimensions after (N, C)'
+                f'neighbourhood, got {dim}-D input: use UBN3d, or affine_kernel=1'
             )
         if input.shape[1] != self.num_features:
             raise ValueError(
@@ -494,6 +528,7 @@ class UBN1d(UBN):
 
     _input_dims = (2, 3)
     _kernel_dims = 1
+    _default_kernel = 1
 
 
 @MODELS.register_module()
@@ -509,6 +544,7 @@ class UBN3d(UBN):
 
     _input_dims = (5,)
     _kernel_dims = 3
+    _default_kernel = 1
 
 
 @functools.cache
