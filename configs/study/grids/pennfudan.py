@@ -1,5 +1,5 @@
 # Which norm: Penn-Fudan from scratch, 240 iterations of four images.
-config = 'mask-rcnn_r18-small-scratch_fpn_pennfudan.py'
+config = '../mask-rcnn_r18-small-scratch_fpn_pennfudan.py'
 baseline = 'BN'
 seeds = [0, 1, 2, 3, 4]
 _norms = dict(
