@@ -5,7 +5,7 @@ Importing the package registers its layers and its hook with mmengine and instal
 """
 
 from . import guards
-from .conversion import convert_sync_ubn
+from .conversion import convert, convert_sync_ubn
 from .engine import CondensationHook
 from .layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
 
@@ -18,6 +18,7 @@ __all__ = [
     'UBN1d',
     'UBN2d',
     'UBN3d',
+    'convert',
     'convert_sync_ubn',
 ]
 
