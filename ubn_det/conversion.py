@@ -56,7 +56,7 @@ class SyncUBNAct(SyncUBN):
         return self.act(self.drop(super().forward(input)))
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What a norm layer is.
 
     Args:
@@ -86,11 +86,11 @@ class _Kind(NamedTuple):
 
 
 _TYPES = {
-    **{cls.__name__: _Kind(True, False, num_dims) for num_dims, cls in _UBN.items()},
-    'SyncUBN': _Kind(True, True, None),
-    'BN': _Kind(False, False, None),
-    **{f'BN{num_dims}d': _Kind(False, False, num_dims) for num_dims in (1, 2, 3)},
-    'SyncBN': _Kind(False, True, None),
+    **{cls.__name__: Kind(True, False, num_dims) for num_dims, cls in _UBN.items()},
+    'SyncUBN': Kind(True, True, None),
+    'BN': Kind(False, False, None),
+    **{f'BN{num_dims}d': Kind(False, False, num_dims) for num_dims in (1, 2, 3)},
+    'SyncBN': Kind(False, True, None),
 }
 
 
@@ -150,7 +150,7 @@ def convert(
     candidates = {
         layer: [place.name for place in found]
         for layer, found in places.items()
-        if _is_bn(layer) and isinstance(layer, UBN) != kind.is_ubn
+        if is_bn(layer) and isinstance(layer, UBN) != kind.is_ubn
     }
     chosen = {
         layer: names[0] or '(the module itself)'
@@ -216,7 +216,7 @@ def convert_sync_ubn(
 # ------------------------------------------------------------------------------------------
 
 
-def _find_target(arguments: dict[str, Any]) -> _Kind:
+def _find_target(arguments: dict[str, Any]) -> Kind:
     """Take the type out of the arguments of norm_cfg, and check the rest."""
     name = arguments.pop('type', 'UBN')
     name = name.__name__ if inspect.isclass(name) else name
@@ -332,11 +332,12 @@ def _qualified_name(cls: type) -> str:
     return f'{cls.__module__}.{cls.__qualname__}'
 
 
-def _is_bn(layer: nn.Module) -> bool:
+def is_bn(layer: nn.Module) -> bool:
+    """Whether a module is BN of any class, UBN among them."""
     return isinstance(layer, _BatchNorm) or _qualified_name(type(layer)) == _MMCV_SYNC_BN
 
 
-def _find_kind(layer: nn.Module) -> _Kind:
+def find_kind(layer: nn.Module) -> Kind:
     """Return what a layer is.
 
     Raises:
@@ -347,17 +348,17 @@ def _find_kind(layer: nn.Module) -> _Kind:
         has_act = cls in (UBNAct2d, SyncUBNAct)
         dims = {UBN1d: 1, UBN2d: 2, UBN3d: 3, UBNAct2d: 2, SyncUBNAct: 2}
         if cls in (UBN, SyncUBN, *dims):
-            return _Kind(True, isinstance(layer, SyncUBN), dims.get(cls), has_act)
+            return Kind(True, isinstance(layer, SyncUBN), dims.get(cls), has_act)
         raise TypeError(f'{cls.__name__} is a subclass of UBN and may do more')
     name = _qualified_name(cls)
     if name == _MMCV_SYNC_BN:
-        return _Kind(False, True, None)
+        return Kind(False, True, None)
     if name == _TIMM_BN:
-        return _Kind(False, False, 2, has_act=True)
+        return Kind(False, False, 2, has_act=True)
     if name == _TIMM_SYNC_BN:
         # Without its children it is a plain SyncBatchNorm.
         has_act = {'drop', 'act'} <= layer._modules.keys()
-        return _Kind(False, True, 2 if has_act else None, has_act)
+        return Kind(False, True, 2 if has_act else None, has_act)
     num_dims: dict[type, int | None] = {
         nn.BatchNorm1d: 1,
         nn.BatchNorm2d: 2,
@@ -377,14 +378,14 @@ def _find_kind(layer: nn.Module) -> _Kind:
             'Leave the layer out by select, or turn it into BN before'
         )
     is_sync = issubclass(cls, nn.SyncBatchNorm)
-    return _Kind(False, is_sync, None if '_check_input_dim' in defined else num_dims[base])
+    return Kind(False, is_sync, None if '_check_input_dim' in defined else num_dims[base])
 
 
 def _convert(
-    layer: nn.Module, target: _Kind, is_explicit: bool, arguments: dict[str, Any]
+    layer: nn.Module, target: Kind, is_explicit: bool, arguments: dict[str, Any]
 ) -> nn.Module:
     """Make the layer that takes another's place."""
-    own = _find_kind(layer)
+    own = find_kind(layer)
     changed = [
         name for name in ('forward', '_compiled_call_impl') if vars(layer).get(name) is not None
     ]
@@ -395,7 +396,7 @@ def _convert(
             f'a {type(layer).__name__} has {own.num_dims} dimensions after (N, C), and '
             f'norm_cfg asks for {target.num_dims}'
         )
-    kind = _Kind(
+    kind = Kind(
         target.is_ubn,
         target.is_sync if is_explicit else own.is_sync,
         target.num_dims or own.num_dims,
@@ -415,7 +416,7 @@ def _convert(
     return _build(layer, kind.find_class(), arguments)
 
 
-def _check_kernel(layer: nn.Module, kind: _Kind, arguments: dict[str, Any]) -> None:
+def _check_kernel(layer: nn.Module, kind: Kind, arguments: dict[str, Any]) -> None:
     if arguments.get('affine_kernel', 1) == 1:
         return
     if layer.weight is not None and layer.bias is None:
