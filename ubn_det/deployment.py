@@ -127,7 +127,7 @@ def fuse(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Fus
     if before is not None:
         try:
             _compare(before, _run(model, example_inputs))
-        except RuntimeError:
+        except Exception:
             for pair, kept in zip(pairs, parameters):
                 pair.convolution._parameters.update(kept)
                 setattr(pair.parent, pair.key, pair.norm)
@@ -324,7 +324,8 @@ class _Plan:
             if len(places) > 1:
                 return 'it has several places in the model'
             parent = places[0][0]
-        return self._forwards[parent].reason or None
+        forward = self._forwards.get(parent)
+        return 'no forward calls it' if forward is None else forward.reason or None
 
 
 def _has_forward(module: nn.Module) -> bool:
