@@ -39,7 +39,7 @@ setup(
             'onedl-mmdetection>=3.5.1,<4',
         ],
         'openmmlab': ['mmengine>=0.10,<1', 'mmcv>=2.0.0,<2.2', 'mmdet>=3.0,<4'],
-        'tests': ['hypothesis', 'pytest'],
+        'tests': ['hypothesis', 'onnx', 'onnxruntime', 'onnxscript', 'pytest'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

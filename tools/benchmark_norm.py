@@ -7,6 +7,7 @@ baseline within a round. tools/report_performance.py makes the table and the pic
 
 import argparse
 import collections
+import copy
 import csv
 import datetime
 import functools
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from mmcv.cnn import fuse_conv_bn
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -34,11 +36,11 @@ from mmengine.registry import init_default_scope
 from norm_peers import BNET, RBN
 from torch import Tensor, nn
 
-from ubn_det import UBN, SyncUBN
+from ubn_det import UBN, SyncUBN, fuse
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/ubn/mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
-SUITES = ('layer', 'memory', 'model', 'growth', 'ranks')
+SUITES = ('layer', 'memory', 'model', 'fused', 'growth', 'ranks')
 IMAGE = (800, 1344)  # COCO's usual 800 x 1333, padded to a multiple of 32
 IMAGES = 2  # a GPU, as in mmdet's schedules
 ROIS = {'bbox_head': 512, 'mask_head': 128}  # of an image, as mmdet samples them
@@ -113,6 +115,7 @@ def main() -> None:
         layer=layer_suite,
         memory=memory_suite,
         model=model_suite,
+        fused=fused_suite,
         growth=growth_suite,
         ranks=ranks_suite,
     )
@@ -492,6 +495,58 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
     call()
     synchronize(device)
     return float(torch.cuda.max_memory_allocated(device))
+
+
+# ---------------------------------------------------------------------------------------- fused
+
+
+def fused_suite(args: argparse.Namespace) -> Iterator[Row]:
+    """Time inference of the backbone with its norms folded into its convolutions, and not."""
+    height, width = (round(side * args.model_scale / 32) * 32 for side in IMAGE)
+    kinds = {
+        'BN': dict(type='BN'),
+        'UBN': dict(type='UBN'),
+        'UBN, rectifiers on': dict(type='UBN'),
+        'UBN-3': dict(type='UBN', affine_kernel=3, centering=False, scaling=False),
+    }
+    models = {}
+    for name, norm_cfg in kinds.items():
+        torch.manual_seed(0)
+        model = build_detector(norm_cfg).backbone.to(args.device)
+        model.eval()
+        for module in model.modules():
+            if name != 'UBN' and isinstance(module, UBN):
+                for extra in (module.center_weight, module.neighbour_weight):
+                    if extra is not None:
+                        nn.init.normal_(extra, std=0.1)
+        models[name] = model
+    for name in ('BN', 'UBN', 'UBN-3'):
+        fused = copy.deepcopy(models[name])
+        if name == 'BN':
+            fuse_conv_bn(fused)
+        else:
+            fuse(fused)
+        models[f'{name}, fused'] = fused
+    x = torch.randn(IMAGES, 3, height, width, device=args.device)
+
+    def evaluate(model: nn.Module) -> Callable[[], Any]:
+        @torch.no_grad()
+        def call() -> None:
+            model(x)
+
+        return call
+
+    samples = interleave(
+        {name: evaluate(model) for name, model in models.items()}, args.model_rounds, args.device
+    )
+    yield from rows_of(
+        samples,
+        'BN, fused',
+        case=f'backbone {IMAGES}x3x{height}x{width}',
+        mode='inference',
+        unit='ms',
+        dtype='float32',
+    )
 
 
 # ---------------------------------------------------------------------------------------- growth

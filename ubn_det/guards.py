@@ -28,8 +28,9 @@ _INSTEAD = {
         'default)'
     ),
     'fuse': (
-        'would fold UBN into its convolution as if it were BN and drop its rectifiers. Run the '
-        'model unfused: leave out --fuse-conv-bn and efficient_conv_bn_eval'
+        'would fold UBN into its convolution as if it were BN and drop its rectifiers. Use '
+        'ubn_det.fuse(model) instead, which folds what is exact and keeps the rest, and leave out '
+        '--fuse-conv-bn and efficient_conv_bn_eval'
     ),
 }
 

@@ -25,6 +25,15 @@ def measured(tmp_path_factory):
     return path
 
 
+def test_fused_models_are_timed_beside_unfused_ones(tmp_path):
+    path = tmp_path / 'performance.csv'
+    scales = ('--model-rounds', 1, '--model-scale', 0.05)
+    run_tool(BENCHMARK, path, '--suites', 'fused', *scales)
+    methods = {row['method']: row['baseline'] for row in read(path)}
+    assert set(methods.values()) == {'BN, fused'}
+    assert {'BN', 'UBN', 'UBN, fused', 'UBN-3, fused', 'UBN, rectifiers on'} <= methods.keys()
+
+
 def test_rows(measured):
     rows = read(measured)
     layer = [row for row in rows if row['suite'] == 'layer']

@@ -20,6 +20,7 @@ from ubn_det.ops import (
     Statistics,
     planes,
     unified_batch_norm,
+    unified_batch_norm_plain,
     unified_batch_norm_training,
 )
 
@@ -263,13 +264,17 @@ class UBN(_BatchNorm):
         if not takes_batch and self._is_bn(input):
             return self._bn(input)
 
-        x = input.contiguous()
+        is_plain = not takes_batch and _is_exporting()
+        x = input if is_plain else input.contiguous()
         # A map of height 1 where the neighbourhood has more dimensions.
         missing = 2 + self._kernel_dims - x.dim() if self.affine_kernel > 1 else 0
         if missing:
             x = x.reshape(*x.shape[:2], *[1] * missing, *x.shape[2:])
         parameters = Parameters(self.weight, self.bias, *self.rectifiers())
-        if takes_batch and not (self.training and _is_recomputing()):
+        if is_plain:
+            statistics = Statistics(self.running_mean, self.running_var)
+            y = unified_batch_norm_plain(x, parameters, self.eps, statistics)
+        elif takes_batch and not (self.training and _is_recomputing()):
             group = self._group_name()
             if (
                 group is not None
@@ -292,7 +297,7 @@ class UBN(_BatchNorm):
             y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
         if missing:
             y = y.reshape(input.shape)
-        memory_format = _memory_format(input)
+        memory_format = None if is_plain else _memory_format(input)
         return y if memory_format is None else y.contiguous(memory_format=memory_format)
 
     def rectifiers(self) -> list[Tensor | None]:
@@ -554,6 +559,11 @@ def _log_filled_once(name: str) -> None:
         'that it equals that BN.',
         logger='current',
     )
+
+
+def _is_exporting() -> bool:
+    """Whether the forward makes a graph that has to run without this package."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _may_be_recomputed() -> bool:

@@ -6,6 +6,7 @@ from .unified_batch_norm import (
     Parameters,
     Statistics,
     unified_batch_norm,
+    unified_batch_norm_plain,
     unified_batch_norm_training,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     'Statistics',
     'condensation_score',
     'unified_batch_norm',
+    'unified_batch_norm_plain',
     'unified_batch_norm_training',
 ]

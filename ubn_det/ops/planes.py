@@ -22,7 +22,7 @@ _TINY_VARIANCE = 1e-30
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that statistics of ``dtype`` are kept in: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def as_planes(x: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ from .process_group import resolve
 
 _aten = torch.ops.aten
 
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
 # Instance means that are a larger part of the features than this are not kept but taken again in
 # the backward pass.
 _MAX_KEPT = 1 / 128
@@ -104,6 +106,41 @@ def unified_batch_norm(
     return _operator(x, *parameters, eps, instance_mean, *statistics)
 
 
+def unified_batch_norm_plain(
+    x: Tensor, parameters: Parameters, eps: float, statistics: Statistics
+) -> Tensor:
+    """Do what :func:`unified_batch_norm` does in PyTorch's own operators alone.
+
+    For graphs that have to run where this package is not installed.
+
+    Args:
+        x (Tensor): (N, C, *S).
+        parameters (Parameters): What is learnt.
+        eps (float): Added to the variance.
+        statistics (Statistics): What normalizes; constants.
+
+    Returns:
+        Tensor: y, of the shape and type of ``x``. Differentiable by autograd.
+    """
+    dtype = planes.accumulate_dtype(x.dtype)
+    spatial = tuple(range(2, x.dim()))
+    m = x.mean(dim=spatial, dtype=dtype) if spatial else x.to(dtype)
+    scale, shift = _scale_and_shift(parameters, eps, m, statistics.mean, statistics.var)
+    # Without a word on sizes, which a graph may leave open.
+    column = (..., *[None] * (x.dim() - 2))
+    y = (x - m[column]) * scale[column] + shift[column]
+    y = y.to(x.dtype)
+    neighbour_weight = parameters.neighbour_weight
+    if neighbour_weight is None:
+        return y
+    padding = neighbour_weight.shape[-1] // 2
+    centre = parameters.weight[(..., *[None] * (neighbour_weight.dim() - 1))]
+    kernel = neighbour_weight + F.pad(centre, [padding] * (2 * (x.dim() - 2)))
+    groups = neighbour_weight.shape[0]
+    bias = parameters.bias.to(x.dtype)
+    return _CONVOLUTIONS[x.dim()](y, kernel.to(x.dtype), bias, padding=padding, groups=groups)
+
+
 def unified_batch_norm_training(
     x: Tensor,
     parameters: Parameters,
@@ -165,6 +202,22 @@ def _apply(
     var: Tensor,
     standardized: planes.Standardized | None,
 ) -> Tensor:
+    scale, shift = _scale_and_shift(parameters, eps, m, mean, var)
+    if standardized is None:
+        y = planes.affine(x, m, scale, shift)
+    else:
+        y = planes.rescale_(standardized, scale, shift)
+    neighbour_weight = parameters.neighbour_weight
+    if neighbour_weight is None:
+        return y
+    kernel = _centre_added(neighbour_weight, parameters.weight)
+    return _depthwise(y, kernel.to(x.dtype), parameters.bias.to(x.dtype))
+
+
+def _scale_and_shift(
+    parameters: Parameters, eps: float, m: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return A and B, both (N, C), of y = A (x - m) + B, the neighbourhood's step left out."""
     weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight = parameters
     dtype = m.dtype
     r, k, half_gate = _normalized(m, center_weight, scale_weight, scale_bias, mean, var, eps)
@@ -176,16 +229,10 @@ def _apply(
         shift = k if factor is None else k * factor
     else:
         scale = half_gate * (2 * scale)
-        shift = half_gate.mul_(k).mul_(2 if factor is None else 2 * factor)
+        shift = (half_gate * k).mul_(2 if factor is None else 2 * factor)
     if neighbour_weight is None and bias is not None:
         shift = shift + _cast(bias, dtype)
-    if standardized is None:
-        y = planes.affine(x, m, scale, shift)
-    else:
-        y = planes.rescale_(standardized, scale, shift)
-    if neighbour_weight is None:
-        return y
-    return _depthwise(y, _centre_added(neighbour_weight, weight).to(x.dtype), bias.to(x.dtype))
+    return scale, shift
 
 
 def _backward(
@@ -375,7 +422,7 @@ def _centre_added(neighbour_weight: Tensor, weight: Tensor) -> Tensor:
 
 
 def _depthwise(h: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[h.dim()]
+    convolution = _CONVOLUTIONS[h.dim()]
     # The layer's own type holds: autocast would round a float32 input here.
     with torch.autocast(h.device.type, enabled=False):
         return convolution(h, kernel, bias, padding=kernel.shape[-1] // 2, groups=h.shape[1])
