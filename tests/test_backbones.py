@@ -1,6 +1,7 @@
 """Every backbone of mmdet with UBN by its norm_cfg: it loads BN's weights and is that BN."""
 
 import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import mmdet.models  # noqa: F401
@@ -108,6 +109,16 @@ def make_trained_bn(backbone, x):
     for norm in norms_of(model):
         norm.momentum = backbone.norm_cfg.get('momentum', 0.1)
     return model
+
+
+def test_docs_have_these_numbers():
+    path = Path(__file__).parent.parent / 'docs/detectors.md'
+    text = path.read_text(encoding='utf-8')
+    for name, backbone in BACKBONES.items():
+        num_frozen = 'no such argument'
+        if backbone.num_frozen is not None:
+            num_frozen = backbone.num_frozen
+        assert f'| {name} | {backbone.num_norms} | {num_frozen} |' in text
 
 
 @pytest.mark.parametrize('name', BACKBONES)
