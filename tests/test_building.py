@@ -16,7 +16,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from test_detectors import make_config, make_small, read, ubn_of
+from small_detectors import make_config, make_small, read, ubn_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
