@@ -129,6 +129,10 @@ def test_errors():
     cfg = make_small(read(RETINANET)).model
     with pytest.raises(TypeError, match='no_such_argument'):
         MODELS.build(dict(cfg, norm_cfg=dict(no_such_argument=1)))
+    with pytest.raises(TypeError, match="norm_cfg must be a dict or None, got 'UBN'"):
+        MODELS.build(dict(cfg, norm_cfg='UBN'))
+    with pytest.raises(ValueError, match="has no BN that norm_cfg={'type': 'BN'} of WithUBN"):
+        MODELS.build(dict(cfg, norm_cfg=dict(type='BN')))
     with pytest.raises(TypeError, match='model_type'):
         MODELS.build({key: value for key, value in cfg.items() if key != 'model_type'})
     with pytest.raises(KeyError, match='NoSuchDetector'):

@@ -51,14 +51,20 @@ def build_with_ubn(
 
     Raises:
         TypeError: ``norm_cfg`` is no dict or has an unknown argument.
-        ValueError: The model has no BN layer.
+        ValueError: The model has no BN layer, or ``norm_cfg`` makes none of them UBN.
+        RuntimeError: See :func:`ubn_det.convert`.
     """
+    if not isinstance(norm_cfg, (dict, type(None))):
+        raise TypeError(f'norm_cfg must be a dict or None, got {norm_cfg!r}')
     norm_cfg = dict(norm_cfg or {})
     requires_grad = norm_cfg.pop('requires_grad', True)
     cfg = dict(_set_requires_grad(model, requires_grad), type=model_type)
     built = convert(MODELS.build(cfg), norm_cfg)
     if not any(isinstance(module, UBN) for module in built.modules()):
-        raise ValueError(f'{model_type} as this config builds it has no BN that UBN could replace')
+        raise ValueError(
+            f'{model_type} as this config builds it has no BN that norm_cfg={norm_cfg} of WithUBN '
+            'turns into UBN'
+        )
     return built
 
 
