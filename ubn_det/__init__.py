@@ -5,6 +5,7 @@ Importing the package registers its layers and its hook with mmengine and instal
 """
 
 from . import guards
+from .building import build_with_ubn
 from .conversion import convert, convert_sync_ubn
 from .deployment import fuse
 from .engine import CondensationHook
@@ -19,6 +20,7 @@ __all__ = [
     'UBN1d',
     'UBN2d',
     'UBN3d',
+    'build_with_ubn',
     'convert',
     'convert_sync_ubn',
     'fuse',

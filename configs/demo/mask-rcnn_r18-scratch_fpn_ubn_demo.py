@@ -51,6 +51,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=30),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=max_iters, T_max=max_iters - 30),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))
+default_hooks = dict(_base_.ubn_hooks, logger=dict(interval=20), checkpoint=dict(interval=100))
 log_processor = dict(window_size=20)
 randomness = dict(seed=0)

@@ -5,3 +5,4 @@ model = dict(
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(mask_head=dict(norm_cfg=norm_cfg)),
 )
+default_hooks = _base_.ubn_hooks

@@ -6,3 +6,4 @@ model = dict(
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)),
 )
+default_hooks = _base_.ubn_hooks

@@ -8,3 +8,4 @@ model = dict(
         norm_eval=False,
     )
 )
+default_hooks = _base_.ubn_hooks

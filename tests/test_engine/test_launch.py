@@ -50,6 +50,11 @@ def test_hooks_are_added_once_and_others_stay():
     prepare(cfg)
     prepare(cfg)
     assert cfg.custom_hooks == [*hooks, dict(type='CondensationHook')]
+    # Wherever it is already.
+    default = dict(condensation=dict(type='CondensationHook', interval=5), timer=None)
+    cfg = Config(dict(default_hooks=default, launcher='none'))
+    prepare(cfg)
+    assert cfg.custom_hooks == [dict(type='NonFiniteStepHook')]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('train')
     extra = (
         "custom_imports = dict(imports=['ubn_det', 'fault_hooks'])\n"
-        "custom_hooks = [dict(type='CondensationHook'), dict(type='KillHook')]\n"
+        "custom_hooks = [dict(type='KillHook')]\n"
     )
     config = write_config(folder, max_iters=8, extra=extra)
     done = run_tool(TRAIN, config, '--work-dir', folder / 'whole')

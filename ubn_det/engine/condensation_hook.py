@@ -17,7 +17,7 @@ from ubn_det.layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
 from ubn_det.layers.ubn import COUNTERS, EXTRA_PARAMETERS
 
 _TYPES = (UBN, UBN1d, UBN2d, UBN3d, SyncUBN)
-_NAMES = tuple(cls.__name__ for cls in _TYPES)
+_NAMES = (*(cls.__name__ for cls in _TYPES), 'WithUBN')
 
 
 class _Counts(NamedTuple):

@@ -132,14 +132,14 @@ def prepare(cfg: Config) -> None:
     Args:
         cfg (Config): Config with its ``launcher`` set, changed in place.
     """
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = {}
     hooks = list(cfg.setdefault('custom_hooks', None) or [])
-    types = [hook.get('type') for hook in hooks]
+    types = [hook.get('type') for hook in (*hooks, *cfg.default_hooks.values()) if hook]
     for cls in (CondensationHook, NonFiniteStepHook):
         if cls not in types and cls.__name__ not in types:
             hooks.append(dict(type=cls.__name__))
     cfg.custom_hooks = hooks
-    if not cfg.get('default_hooks'):
-        cfg.default_hooks = {}
     checkpoint_hook = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
     if checkpoint_hook and checkpoint_hook.get('type') in ('CheckpointHook', CheckpointHook):
         checkpoint_hook['type'] = 'AtomicCheckpointHook'

@@ -1,0 +1,3 @@
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/ubn.py']
+model = dict(_base_.ubn, model_type=_base_.model.type)
+default_hooks = _base_.ubn_hooks
