@@ -363,6 +363,9 @@ def test_training_goes_on_as_without_it(tmp_path, norm, num_workers):
         runner.images = [x for with_gradient, x in Record.loss_inputs if with_gradient]
         runner.drawn = torch.rand(()), np.random.rand(), random.random()
         assert len(passes()) == (4 if hook else 0)
+        # Its workers are waited for, for seconds, where the garbage collector ends them.
+        runner.train_loop.dataloader_iterator._iterator = None
+        runner.train_dataloader._iterator = None
     without, with_hook = runs
     for one, other in zip(without.images, with_hook.images, strict=True):
         assert torch.equal(one, other)
