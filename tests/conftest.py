@@ -27,6 +27,17 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(scope='module')
+def extra_packages():
+    """Make timm and torchvision importable for the tests of one module."""
+    import extra_packages as packages
+
+    if not packages.FOLDER.is_dir():
+        pytest.skip('needs the extra packages of `make setup`')
+    with packages.importable():
+        yield
+
+
 @pytest.fixture
 def process_group(tmp_path):
     """Form a group of this process alone."""

@@ -45,6 +45,8 @@ VENV = ROOT / '.venv'
 VENV_PYTHON = VENV / 'bin' / 'python'
 STAMP = VENV / 'setup.json'
 LOGS = VENV / 'logs'
+# Packages that only some tests import, not on the environment's path.
+EXTRA = VENV / 'extra'
 # What the environment is made from; a change in one of them brings it up to date.
 INPUTS = (ROOT / 'requirements.txt', ROOT / 'setup.py', Path(__file__).resolve())
 
@@ -520,6 +522,13 @@ def install_project(mmdet: list[str]) -> None:
         ) from None
 
 
+def install_extra(lines: list[str]) -> None:
+    """Put the packages that only some tests import into a folder of their own."""
+    # Into a folder that has them pip installs nothing, whatever their version.
+    shutil.rmtree(EXTRA, ignore_errors=True)
+    pip_install('extra', lines, '--only-binary=:all:', '--target', str(EXTRA))
+
+
 def read_stamp() -> dict[str, object] | None:
     """Return what the last complete set-up recorded, or None."""
     try:
@@ -567,6 +576,7 @@ def set_up() -> None:
     sections = parse_requirements(INPUTS[0].read_text())
     torch = install_packages(sections)
     install_mmcv(sections['mmcv'][0], torch, cache, asked == '1')
+    install_extra(sections['extra'])
     install_project(sections['mmdet'])
     fresh = STAMP.with_suffix('.new')
     fresh.write_text(json.dumps(wanted))
