@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, LOOPS, METRICS, MODELS
 from mmengine.runner import BaseLoop, Runner
@@ -549,6 +549,15 @@ def test_data_loader_without_a_config(tmp_path):
     runner = Runner.from_cfg(config)
     runner._train_dataloader = Runner.build_dataloader(config.train_dataloader)
     with pytest.raises(ValueError, match='train_dataloader as a config, got a DataLoader'):
+        runner.train()
+
+
+def test_averages_that_are_not_all_that_is_evaluated(tmp_path):
+    config = make_config(tmp_path, BN, hook={}, hooks=[dict(type='EMAHook')])
+    runner = Runner.from_cfg(config)
+    # As mmpretrain's.
+    next(h for h in runner.hooks if isinstance(h, EMAHook)).evaluate_on_origin = True
+    with pytest.raises(ValueError, match='evaluate_on_origin'):
         runner.train()
 
 

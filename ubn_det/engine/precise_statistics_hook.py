@@ -56,8 +56,8 @@ class PreciseStatisticsHook(Hook):
     Raises:
         TypeError: ``num_batches`` or ``interval`` is no integer.
         ValueError: ``num_batches`` or ``interval`` is not positive; or at the start of training,
-            the loop is none of mmengine's and ``interval`` is None, or the training data loader
-            was not given as a config.
+            the loop is none of mmengine's and ``interval`` is None, the training data loader was
+            not given as a config, or an EMAHook evaluates the model in training as well.
     """
 
     # After EMAHook has averaged, before CheckpointHook saves.
@@ -98,6 +98,12 @@ class PreciseStatisticsHook(Hook):
                 'PreciseStatisticsHook builds a data loader like the training one, and needs '
                 'train_dataloader as a config, got a '
                 f'{type(runner._train_dataloader).__name__}: give the Runner a dict'
+            )
+        # As mmpretrain's EMAHook has it.
+        if any(getattr(hook, 'evaluate_on_origin', False) for hook in runner.hooks):
+            raise ValueError(
+                'PreciseStatisticsHook sets the statistics of the averaged weights only: leave '
+                'out evaluate_on_origin of EMAHook, or this hook'
             )
 
     def after_train_iter(
