@@ -185,16 +185,12 @@ class PreciseWitness(Hook):
     def __init__(self):
         self.at_evaluation = {}
         self.after_evaluation = {}
-        self.at_test = None
 
     def before_val_epoch(self, runner):
         self.at_evaluation[runner.iter] = state(runner.model)
 
     def after_val_epoch(self, runner, metrics=None):
         self.after_evaluation[runner.iter] = state(runner.model)
-
-    def before_test_epoch(self, runner):
-        self.at_test = state(runner.model)
 
 
 def state(model):
@@ -391,8 +387,9 @@ def test_counters_and_score_stay(tmp_path):
     assert second.consecutive_condensed == 7
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    settings = dict(hook=dict(num_batches=3), dataset=dict(noise=0))
+@pytest.mark.parametrize('noise', [0, 1])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, noise):
+    settings = dict(hook=dict(num_batches=3), dataset=dict(noise=noise))
     whole = train(make_config(tmp_path / 'whole', CLOSED, **settings))
     last = passes()[-1]
     short = dict(by_epoch=False, max_iters=2, val_interval=2)
@@ -400,8 +397,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     resumed = train(make_config(tmp_path / 'parts', CLOSED, resume=True, **settings))
     for one, other in zip(passes()[-1], last, strict=True):
         assert torch.equal(one, other)
-    for name, value in forget(state(whole.model)).items():
-        if name != 'calls':
+    # mmengine does not restore the random state, of which the training batches have noise then.
+    for name, value in state(whole.model).items():
+        if name != 'calls' and not noise:
             assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
@@ -411,9 +409,6 @@ def test_averaged_weights_get_their_own_statistics(tmp_path, update_buffers):
     settings = dict(
         norm=dict(type='UBN', condensation_threshold=None),
         hooks=[ema],
-        test_dataloader=make_config(tmp_path, BN).val_dataloader,
-        test_evaluator=dict(type='PreciseMetric'),
-        test_cfg=dict(),
     )
     plain = train(make_config(tmp_path / 'plain', **settings))
     runner = train(make_config(tmp_path / 'hook', hook=dict(num_batches=3), **settings))
@@ -430,10 +425,10 @@ def test_averaged_weights_get_their_own_statistics(tmp_path, update_buffers):
         for key, value in source.items():
             assert torch.equal(runner.witness.after_evaluation[iteration][key], value), key
             assert torch.equal(saved['ema_state_dict'][f'module.{key}'], value), key
-    runner.test()
-    # For a test mmengine starts from new averages, which are the model itself.
+    # For an evaluation by itself mmengine starts from new averages, which are the model's own.
+    runner.val()
     for key, value in state(runner.model).items():
-        assert torch.equal(runner.witness.at_test[key], value), key
+        assert torch.equal(runner.witness.at_evaluation[4][key], value), key
 
 
 def test_what_does_not_train_its_statistics_stays(tmp_path):
@@ -476,7 +471,7 @@ def iterations_of(runner):
         (dict(val_interval=2, val_begin=4), dict(interval=100), {}, [4, 6, 7]),
         (
             dict(val_interval=5, dynamic_intervals=[(4, 1)]),
-            dict(interval=2, save_begin=1),
+            dict(interval=4, save_begin=1),
             {},
             [1, 3, 4, 5, 6, 7],
         ),
