@@ -38,7 +38,7 @@ KEY = {
 
 
 def test_sections_are_the_steps_of_the_set_up():
-    assert list(SECTIONS) == ['pip', 'wheels', 'cuda', 'mmcv', 'mmdet', 'extra']
+    assert list(SECTIONS) == ['pip', 'wheels', 'cuda', 'mmcv', 'mmdet', 'extra', 'sources']
     assert [len(SECTIONS[name]) for name in ('pip', 'mmcv', 'mmdet')] == [1, 1, 1]
 
 
@@ -62,7 +62,12 @@ def test_each_package_has_one_version_on_every_python():
 
 def test_torchvision_is_not_on_the_path_and_opencv_is_there_once():
     names = {line.partition('==')[0] for line in sum(SECTIONS.values(), [])}
-    importable = [line for name, lines in SECTIONS.items() if name != 'extra' for line in lines]
+    importable = [
+        line
+        for name, lines in SECTIONS.items()
+        if name not in ('extra', 'sources')
+        for line in lines
+    ]
     assert not any(line.startswith('torchvision') for line in importable)
     assert {name for name in names if name.startswith('opencv')} == {'opencv-python-headless'}
 
@@ -72,11 +77,11 @@ def test_extra_packages_replace_those_of_an_earlier_set_up(monkeypatch, tmp_path
     monkeypatch.setattr(setup_env, 'EXTRA', tmp_path / 'extra')
     monkeypatch.setattr(setup_env, 'pip_install', lambda *args: calls.append(args))
     (tmp_path / 'extra' / 'timm').mkdir(parents=True)
-    setup_env.install_extra(['timm==1.0.31'])
+    setup_env.install_extra(['timm==1.0.31'], ['onedl-mmpretrain==1.3.6'])
     assert not (tmp_path / 'extra').exists()
-    [(_, lines, *options)] = calls
-    assert lines == ['timm==1.0.31']
-    assert options[-2:] == ['--target', str(tmp_path / 'extra')]
+    assert [lines for _, lines, *_ in calls] == [['timm==1.0.31'], ['onedl-mmpretrain==1.3.6']]
+    for _, _, *options in calls:
+        assert options[-2:] == ['--target', str(tmp_path / 'extra')]
 
 
 # The wheel cache
@@ -407,7 +412,8 @@ def test_package_forces_neither_family(distribution):
 
 def test_extras_name_one_family_each(distribution):
     extras = distribution.extras_require
-    assert sorted(extras) == ['onedl', 'openmmlab', 'tests']
+    others = ['classification', 'segmentation', 'tests']
+    assert sorted(extras) == sorted(['onedl', 'openmmlab', *others])
     assert all(line.startswith('onedl-') for line in extras['onedl'])
     assert not any(line.startswith('onedl-') for line in extras['openmmlab'])
 

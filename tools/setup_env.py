@@ -522,11 +522,12 @@ def install_project(mmdet: list[str]) -> None:
         ) from None
 
 
-def install_extra(lines: list[str]) -> None:
+def install_extra(wheels: list[str], sources: list[str]) -> None:
     """Put the packages that only some tests import into a folder of their own."""
     # Into a folder that has them pip installs nothing, whatever their version.
     shutil.rmtree(EXTRA, ignore_errors=True)
-    pip_install('extra', lines, '--only-binary=:all:', '--target', str(EXTRA))
+    pip_install('extra', wheels, '--only-binary=:all:', '--target', str(EXTRA))
+    pip_install('sources', sources, '--no-build-isolation', '--target', str(EXTRA))
 
 
 def read_stamp() -> dict[str, object] | None:
@@ -576,7 +577,7 @@ def set_up() -> None:
     sections = parse_requirements(INPUTS[0].read_text())
     torch = install_packages(sections)
     install_mmcv(sections['mmcv'][0], torch, cache, asked == '1')
-    install_extra(sections['extra'])
+    install_extra(sections['extra'], sections['sources'])
     install_project(sections['mmdet'])
     fresh = STAMP.with_suffix('.new')
     fresh.write_text(json.dumps(wanted))
