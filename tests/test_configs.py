@@ -10,6 +10,7 @@ from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import nn
 
 from ubn_det import UBN, SyncUBN
@@ -17,8 +18,8 @@ from ubn_det import UBN, SyncUBN
 ROOT = Path(__file__).parent.parent / 'configs'
 ALL_CONFIGS = sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_')
 # Those that are turned over as a whole are trained in test_detectors.py, those of other frameworks
-# in test_classification.py, and digits in test_tools/test_study.py.
-OTHERS = ('classification', 'segmentation')
+# in test_classification.py, and digits in test_tools/test_study.py. Twins are compared below.
+OTHERS = ('classification', 'segmentation', 'coco')
 CONFIGS = [
     path
     for path in ALL_CONFIGS
@@ -45,6 +46,9 @@ EXPECTED = {
     'mask-rcnn_r18-scratch_fpn_ubn_400i_pennfudan': dict(ubn=R18 + FPN + CONVS, frozen=0),
     'mask-rcnn_r18-scratch_fpn_bn_400i_pennfudan': dict(ubn=0, bn=R18 + FPN + CONVS, frozen=0),
     'mask-rcnn_r18-scratch_fpn_ubn_demo': dict(ubn=R18 + FPN + 2, frozen=0),
+    'mask-rcnn_r18-small-scratch_fpn_pennfudan': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
+    'mask-rcnn_r18-small-scratch_fpn_generated': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
+    'mask-rcnn_r18-small_fpn_pennfudan-finetune': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
 }
 
 
@@ -96,7 +100,13 @@ def test_config_trains_a_step(path):
 
 
 @pytest.mark.parametrize(
-    'path', [p for p in ALL_CONFIGS if '_bn_400i' not in p.stem], ids=lambda path: path.stem
+    'path',
+    [
+        path
+        for path in ALL_CONFIGS
+        if '_bn_400i' not in path.stem and path.parent.name not in (*OTHERS[:2], 'study')
+    ],
+    ids=lambda path: path.stem,
 )
 def test_config_registers_and_checks(path):
     cfg = Config.fromfile(path)
@@ -104,6 +114,46 @@ def test_config_registers_and_checks(path):
     assert cfg.default_hooks.condensation == dict(type='CondensationHook')
     # Those of the base are there still.
     assert cfg.default_hooks.logger.type == 'LoggerHook'
+
+
+NORMS = {
+    'bn': (nn.BatchNorm2d, 'BN'),
+    'syncbn': (SyncBatchNorm, 'SyncBN'),
+    'gn': (nn.GroupNorm, 'GN'),
+    'ubn': (UBN, 'UBN'),
+    'syncubn': (SyncUBN, 'SyncUBN'),
+}
+
+
+@pytest.mark.parametrize('schedule', ['1x', '2x'])
+def test_coco_twins_differ_in_the_norm_only(schedule):
+    texts = set()
+    for name, (_, norm) in NORMS.items():
+        cfg = Config.fromfile(ROOT / f'coco/mask-rcnn_r50_fpn_{name}-all_{schedule}_coco.py')
+        assert cfg.train_cfg.max_epochs == {'1x': 12, '2x': 24}[schedule]
+        assert cfg.param_scheduler[1].milestones == {'1x': [8, 11], '2x': [16, 22]}[schedule]
+        parts = [cfg.model.backbone, cfg.model.neck, *cfg.model.roi_head.values()]
+        for part in (p for p in parts if isinstance(p, dict) and 'norm_cfg' in p):
+            assert part.pop('norm_cfg').type == norm
+        cfg.pop('norm_cfg')
+        if norm == 'GN':
+            # Weights that were trained with GN, and the images that they were trained on.
+            assert 'gn' in cfg.model.backbone.init_cfg.pop('checkpoint')
+        else:
+            cfg.model.backbone.init_cfg.pop('checkpoint')
+        for key in ('mean', 'std', 'bgr_to_rgb'):
+            cfg.model.data_preprocessor.pop(key)
+        texts.add(cfg.pretty_text)
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize('name', NORMS)
+def test_coco_twins_have_their_norm_everywhere(name):
+    cfg, model = build(ROOT / f'coco/mask-rcnn_r50_fpn_{name}-all_1x_coco.py')
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    norms = [module for module in model.modules() if isinstance(module, kinds)]
+    assert {type(module) for module in norms} == {NORMS[name][0]}
+    assert len(norms) == R50 + FPN + 2 * CONVS
 
 
 def test_twins_differ_in_the_norm_only():
