@@ -107,20 +107,25 @@ class Study:
 
     Args:
         path (Path): The file.
-        baseline (str): Setting to compare with.
+        baseline (str, optional): Setting to compare with; None for the first in the file.
         metrics (tuple[str, ...]): Their mean is the score of a run.
 
     Raises:
         ValueError: The file holds no finished run of the baseline, or a metric is not in it.
     """
 
-    def __init__(self, path: Path, baseline: str, metrics: tuple[str, ...] = METRICS) -> None:
+    def __init__(
+        self, path: Path, baseline: str | None = None, metrics: tuple[str, ...] = METRICS
+    ) -> None:
         scalars: dict[str, dict[int, dict[int, dict[str, float]]]] = {}
         with path.open(newline='', encoding='utf-8') as file:
             for row in csv.DictReader(file):
                 runs = scalars.setdefault(row['setting'], {})
                 steps = runs.setdefault(int(row['seed']), {})
                 steps.setdefault(int(row['step']), {})[row['tag']] = float(row['value'])
+        if not scalars:
+            raise ValueError(f'{path} has no finished run')
+        baseline = baseline or next(iter(scalars))
         if baseline not in scalars:
             raise ValueError(f'{path} has no run of the baseline {baseline!r}')
         for metric in metrics:
@@ -404,7 +409,7 @@ def write_summary(rows: list[Row], metrics: tuple[str, ...], out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('csv', type=Path, nargs='+', help='what tools/study.py wrote')
-    parser.add_argument('--baseline', default='BN', help='setting to compare with')
+    parser.add_argument('--baseline', help='setting to compare with; the first in the file')
     parser.add_argument(
         '--metrics', nargs='+', default=METRICS, help='their mean is compared (default: mAP)'
     )

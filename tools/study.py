@@ -297,7 +297,8 @@ def collect(study: Config, runs: list[Run], out: Path) -> int:
     rows: list[tuple[Any, ...]] = []
     layers: dict[tuple[str, str, int], list[float]] = {}
     num_finished = 0
-    for run in sorted(runs, key=lambda run: list(study.settings).index(run.setting)):
+    order = [study.baseline, *study.settings]
+    for run in sorted(runs, key=lambda run: order.index(run.setting)):
         result = read_result(run)
         if result is None:
             continue

@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from .conversion import find_kind, is_bn
 from .layers import UBN
-from .layers.ubn import EXTRA_PARAMETERS
 
 # Convolutions whose output is linear in their weight and bias, whatever their forward does to the
 # input before: by their qualified names, as not all of their packages are there.
@@ -399,7 +398,7 @@ def _is_changed(module: nn.Module) -> bool:
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> tuple[nn.Module, str]:
     """Fold a norm into a convolution; return what takes the norm's place, and a note on it."""
-    rectifiers = dict(zip(EXTRA_PARAMETERS, norm.rectifiers())) if isinstance(norm, UBN) else {}
+    rectifiers = norm.rectifiers() if isinstance(norm, UBN) else {}
     kernel = rectifiers.get('neighbour_weight')
     has_kernel = kernel is not None and bool(kernel.any())
     scale = (norm.running_var.double() + norm.eps).rsqrt()

@@ -8,6 +8,7 @@ from mmengine.dist import all_reduce
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ubn_det.layers import UBN
 from ubn_det.ops import planes
 
 
@@ -91,7 +92,8 @@ class PopulationStatistics:
             ) -> None:
                 x = args[0] if args else kwargs['input']
                 if x.numel():
-                    moments.add(x, getattr(layer, 'center_weight', None))
+                    is_ubn = isinstance(layer, UBN)
+                    moments.add(x, layer.rectifiers()['center_weight'] if is_ubn else None)
 
             self._handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))
         return self

@@ -270,7 +270,7 @@ class UBN(_BatchNorm):
         missing = 2 + self._kernel_dims - x.dim() if self.affine_kernel > 1 else 0
         if missing:
             x = x.reshape(*x.shape[:2], *[1] * missing, *x.shape[2:])
-        parameters = Parameters(self.weight, self.bias, *self.rectifiers())
+        parameters = Parameters(self.weight, self.bias, **self.rectifiers())
         if is_plain:
             statistics = Statistics(self.running_mean, self.running_var)
             y = unified_batch_norm_plain(x, parameters, self.eps, statistics)
@@ -300,13 +300,13 @@ class UBN(_BatchNorm):
         memory_format = None if is_plain else _memory_format(input)
         return y if memory_format is None else y.contiguous(memory_format=memory_format)
 
-    def rectifiers(self) -> list[Tensor | None]:
-        """Return what the formulas take: w_c, w_s, b_s and neighbour, None for what is off.
+    def rectifiers(self) -> dict[str, Tensor | None]:
+        """Return what the formulas take, by the names of the parameters, None for what is off.
 
-        RECTIFIER_GAIN times the parameters, see ``Gain``.
+        w_c, w_s, b_s and neighbour: RECTIFIER_GAIN times the parameters, see ``Gain``.
         """
-        parameters = (getattr(self, name) for name in EXTRA_PARAMETERS)
-        return [None if p is None else Gain.apply(p) for p in parameters]
+        parameters = ((name, getattr(self, name)) for name in EXTRA_PARAMETERS)
+        return {name: None if p is None else Gain.apply(p) for name, p in parameters}
 
     def _is_bn(self, input: Tensor) -> bool:
         """Whether there is nothing that BN lacks, or all of it at 0: then BN's own kernel runs."""
