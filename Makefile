@@ -13,7 +13,7 @@ VENV_PYTHON := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint format clean
+.PHONY: help setup demo test test-slow bench study lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
@@ -41,6 +41,20 @@ bench: setup  ## measure speed and memory beside BN and others; writes docs/perf
 	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) tools/benchmark_norm.py \
 	    docs/performance.csv --suites layer growth $(BENCH_ARGS)
 	$(VENV_PYTHON) tools/report_performance.py docs/performance.csv
+
+STUDY_DIR := work_dirs/study
+study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 minutes)
+	$(VENV_PYTHON) tools/make_demo_data.py $(STUDY_DIR)/data \
+	    --num-train 120 --num-val 50 --side-range 128 192
+	$(VENV_PYTHON) tools/study.py configs/study/grids/generated.py --work-dir $(STUDY_DIR)/generated
+	$(VENV_PYTHON) tools/study.py configs/study/grids/digits.py --work-dir $(STUDY_DIR)/digits \
+	    --seeds 0 1 2
+	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv \
+	    docs/results/pennfudan.csv docs/results/pennfudan_ablation.csv \
+	    docs/results/pennfudan_batch1.csv docs/results/pennfudan_batch2.csv \
+	    docs/results/pennfudan_finetune.csv
+	$(VENV_PYTHON) tools/report_study.py --metrics digits/accuracy \
+	    $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv
 
 lint: setup  ## check the code's style; changes nothing
 	$(VENV_PYTHON) -m ruff check --no-cache .

@@ -302,6 +302,10 @@ def replace_norm(cfg: Any, norm_cfg: dict[str, Any]) -> None:
                 replace_norm(value, norm_cfg)
 
 
+# A warm-up of 0: the score decides from the first batch on.
+WITHOUT_NEIGHBOURHOOD = dict(warmup=0, condensation_threshold=0.6, affine_kernel=1)
+
+
 def make_layers(num_features: int, device: str, memory_format: str) -> dict[str, nn.Module]:
     """Build the baseline and all peers, with rectifiers that are not the identity."""
     layers: dict[str, nn.Module] = {'BN': nn.BatchNorm2d(num_features)}
@@ -312,15 +316,20 @@ def make_layers(num_features: int, device: str, memory_format: str) -> dict[str,
     layers |= {
         'RBN': RBN(num_features),
         'BNET-3': BNET(num_features, 3),
-        # A warm-up of 0: the score decides from the first batch on.
-        'UBN': UBN(num_features, warmup=0),
-        'UBN, stage 1 off': UBN(num_features, condensation_threshold=None),
-        'UBN, freeze': UBN(num_features, warmup=0, on_condensed='freeze'),
-        'UBN, gate closed': UBN(
-            num_features, warmup=0, condensation_threshold=-1.0, patience=1 << 40
+        'UBN': UBN(num_features, **WITHOUT_NEIGHBOURHOOD),
+        'UBN, stage 1 off': UBN(
+            num_features, **WITHOUT_NEIGHBOURHOOD | dict(condensation_threshold=None)
         ),
-        'UBN, kernel 3': UBN(num_features, warmup=0, affine_kernel=3),
-        'UBN, identity': UBN(num_features, warmup=0, centering=False, scaling=False),
+        'UBN, freeze': UBN(num_features, **WITHOUT_NEIGHBOURHOOD, on_condensed='freeze'),
+        'UBN, gate closed': UBN(
+            num_features,
+            **WITHOUT_NEIGHBOURHOOD | dict(condensation_threshold=-1.0),
+            patience=1 << 40,
+        ),
+        'UBN, kernel 3': UBN(num_features, **WITHOUT_NEIGHBOURHOOD | dict(affine_kernel=3)),
+        'UBN, identity': UBN(
+            num_features, **WITHOUT_NEIGHBOURHOOD, centering=False, scaling=False
+        ),
     }
     for name, layer in layers.items():
         layer.to(device=device, memory_format=MEMORY_FORMATS[memory_format])
@@ -439,9 +448,14 @@ def model_suite(args: argparse.Namespace) -> Iterator[Row]:
     for dtype in args.dtypes:
         amp = torch.autocast(args.device.split(':')[0], DTYPES[dtype], dtype != 'float32')
         models = {}
-        for name in ('BN', 'UBN'):
+        norm_cfgs = {
+            'BN': dict(type='BN'),
+            'UBN': dict(type='UBN', affine_kernel=1),
+            'UBN, kernel 3': dict(type='UBN', affine_kernel=3),
+        }
+        for name, norm_cfg in norm_cfgs.items():
             torch.manual_seed(0)
-            models[name] = build_detector(norm_cfg=dict(type=name)).to(args.device)
+            models[name] = build_detector(norm_cfg=norm_cfg).to(args.device)
         torch.manual_seed(0)
         batch = demo_mm_inputs(
             IMAGES, [(3, height, width)] * IMAGES, num_items=[8] * IMAGES, with_mask=True
@@ -505,8 +519,8 @@ def fused_suite(args: argparse.Namespace) -> Iterator[Row]:
     height, width = (round(side * args.model_scale / 32) * 32 for side in IMAGE)
     kinds = {
         'BN': dict(type='BN'),
-        'UBN': dict(type='UBN'),
-        'UBN, rectifiers on': dict(type='UBN'),
+        'UBN': dict(type='UBN', affine_kernel=1),
+        'UBN, rectifiers on': dict(type='UBN', affine_kernel=1),
         'UBN-3': dict(type='UBN', affine_kernel=3, centering=False, scaling=False),
     }
     models = {}
@@ -615,7 +629,10 @@ def rank_main(
         x, dy = (torch.randn(RANKS_SHAPE, device=device) for _ in range(2))
         x.requires_grad_()
         channels = RANKS_SHAPE[1]
-        layers = {'UBN': UBN(channels), 'SyncUBN': SyncUBN(channels)}
+        layers = {
+            'UBN': UBN(channels, affine_kernel=1),
+            'SyncUBN': SyncUBN(channels, affine_kernel=1),
+        }
         if on_gpu:
             layers['SyncBN'] = nn.SyncBatchNorm(channels)
         layers = {name: layer.to(device) for name, layer in layers.items()}
