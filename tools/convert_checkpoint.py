@@ -270,9 +270,13 @@ def _convert_optimizer(
             {**copy.deepcopy(groups[source]), 'params': [number]}
             for number, source in enumerate(sources)
         ]
+        # mmengine's schedulers count settings of its own as one more group, the last.
+        if 'base_param_settings' in optimizer:
+            sources.append(len(groups))
+        num_groups = len(groups) + ('base_param_settings' in optimizer)
         for key in _SCHEDULERS:
             if key in result:
-                result[key] = _reorder(result[key], sources, len(groups))
+                result[key] = _reorder(result[key], sources, num_groups)
     result['optimizer'] = converted
 
 

@@ -118,7 +118,11 @@ def test_run_of_bn_goes_on_as_ubn(tmp_path, tool, paramwise, optimizer):
     path = tmp_path / 'bn' / 'iter_2.pth'
     # mmengine leaves frozen parameters out where each has a group of its own.
     frozen = ['--frozen', 'stem.*'] if paramwise else []
-    tool(path, '--norm-cfg', 'type=UBN', *frozen, out=tmp_path / 'ubn.pth')
+    converted = tool(path, '--norm-cfg', 'type=UBN', *frozen, out=tmp_path / 'ubn.pth')
+    (scheduler,) = converted['param_schedulers']
+    # With a paramwise_cfg mmengine counts the wrapper's own settings as one more group.
+    num_groups = len(converted['optimizer']['param_groups']) + paramwise
+    assert len(scheduler['base_values']) == len(scheduler['_last_value']) == num_groups
     second = make_runner(tmp_path / 'ubn', norm, 3, **settings, resume=tmp_path / 'ubn.pth')
     # One step further, both.
     third = make_runner(tmp_path / 'on', nn.BatchNorm2d, 3, **settings, resume=path)
@@ -193,11 +197,18 @@ def test_state_dict_is_that_of_the_converted_model(tmp_path, tool, capsys, way):
 
 def test_other_norms_are_untouched_and_layers_can_be_chosen(tmp_path, tool):
     state = make_state()
-    torch.save(dict(state_dict=state), tmp_path / 'bn.pth')
-    converted = tool(tmp_path / 'bn.pth', '--select', 'block.*', 'head.1')['state_dict']
-    assert sorted(converted.keys() - state.keys())[0].startswith('block.bn.center_weight')
-    layers = {key.rpartition('.')[0] for key in converted.keys() - state.keys()}
-    assert layers == {'block.bn', 'head.1'}
+    # As mmengine names the entries of an averaged model.
+    average = dict(steps=torch.tensor(3)) | {f'module.{key}': v for key, v in state.items()}
+    torch.save(dict(state_dict=state, ema_state_dict=average), tmp_path / 'bn.pth')
+    converted = tool(tmp_path / 'bn.pth', '--select', 'block.*', 'head.1')
+    for key, old, prefix in (
+        ('state_dict', state, ''),
+        ('ema_state_dict', average, 'module.'),
+    ):
+        new = converted[key].keys() - old.keys()
+        layers = {name.rpartition('.')[0] for name in new}
+        assert layers == {f'{prefix}block.bn', f'{prefix}head.1'}
+        assert {name.rpartition('.')[2] for name in new} >= {*EXTRAS, 'condensation'}
 
 
 def test_layers_without_affine_or_bias_and_old_ones_without_a_counter(tmp_path, tool):
