@@ -530,8 +530,7 @@ def flaws(layer, x):
         found.append(f'{x.dim()}-D')
     if x.layout != torch.strided:
         return [*found, str(x.layout), 'nested']
-    kernel_takes = (2 + kernel_dims, 2) if kernel_dims == 1 else (2 + kernel_dims,)
-    if layer.affine_kernel > 1 and x.dim() not in kernel_takes:
+    if layer.affine_kernel > 1 and x.dim() > 2 + kernel_dims:
         found.append('affine_kernel')
     if x.dim() > 1 and x.shape[1] != C:
         found.append(f'num_features={C}')

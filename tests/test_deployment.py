@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det import UBN, SyncUBN, UBN1d, UBN2d, UBN3d, convert, fuse
+from ubn_det.layers.ubn import EXTRA_PARAMETERS, RECTIFIER_GAIN
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -28,6 +29,8 @@ def randomize(model, trained=False):
         if isinstance(module, _BatchNorm):
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.normal_(0.5, 0.5)
+                if name in EXTRA_PARAMETERS:
+                    parameter.div_(RECTIFIER_GAIN)
                 if name in INSTANCE and not trained:
                     parameter.zero_()
             if module.running_mean is not None:
