@@ -153,7 +153,7 @@ class GateReference:
     """
 
     def __init__(
-        self, num_features, momentum=0.1, threshold=0.6, warmup=100, patience=100, score=0.0
+        self, num_features, momentum=0.1, threshold=0.6, warmup=50, patience=100, score=0.0
     ):
         self.momentum = momentum
         self.threshold = threshold

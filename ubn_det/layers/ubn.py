@@ -171,7 +171,7 @@ class UBN(_BatchNorm):
         *,
         condensation_threshold: float | None = 0.6,
         on_condensed: str = 'running',
-        warmup: int = 100,
+        warmup: int = 50,
         patience: int = 100,
         centering: bool = True,
         scaling: bool = True,
