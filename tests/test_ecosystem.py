@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from ubn_det import UBN, SyncUBN
-from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS
+from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS, RECTIFIER_GAIN
 
 MMDET_CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 COUNTERS = ('num_batches_tracked', 'num_batches_condensed')
@@ -238,7 +238,7 @@ class TestAveraging:
         assert [getattr(layer, key).item() for key in COUNTERS] == [5, 0]
 
         centered = [model[0](batch).detach() for batch in batches]
-        weight = layer.center_weight.detach().view(-1, 1, 1)
+        weight = RECTIFIER_GAIN * layer.center_weight.detach().view(-1, 1, 1)
         centered = [x + weight * x.mean((2, 3), keepdim=True) for x in centered]
         mean = torch.stack([x.mean((0, 2, 3)) for x in centered]).mean(0)
         var = torch.stack([x.var((0, 2, 3)) for x in centered]).mean(0)

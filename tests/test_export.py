@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import Dim
 
 from ubn_det import UBN, SyncUBN, UBN1d, UBN2d, UBN3d, fuse
+from ubn_det.layers.ubn import EXTRA_PARAMETERS, RECTIFIER_GAIN
 
 # Some of an exporter's own warnings.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -22,8 +23,11 @@ def randomize(model, std=0.5):
     """Give norms random values, rectifiers among them."""
     for module in model.modules():
         if isinstance(module, UBN):
-            for parameter in module.parameters():
+            for name, parameter in module.named_parameters():
                 parameter.normal_(0.5, std)
+                if name in EXTRA_PARAMETERS:
+                    # A kernel has as much weight in all as one factor.
+                    parameter.div_(RECTIFIER_GAIN * parameter[0].numel())
             if module.running_mean is not None:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)

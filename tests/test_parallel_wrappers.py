@@ -24,7 +24,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
-from reference import ubn
+from reference import gain_of, ubn
 from sync_reference import SyncReference
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -214,7 +214,10 @@ class Reference:
 
 
 def make_state():
-    state = {name: 0.4 * torch.randn_like(p) for name, p in Net().named_parameters()}
+    state = {
+        name: 0.4 / gain_of(name.rpartition('.')[2]) * torch.randn_like(p)
+        for name, p in Net().named_parameters()
+    }
     return {name: p.double() for name, p in state.items()}
 
 

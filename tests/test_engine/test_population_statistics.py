@@ -145,7 +145,7 @@ def chain(rank, params, batches):
 
 
 def test_ranks_are_added_up_by_their_values():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     shapes = [
         [(2, C, 3, 4), (0, C, 3, 3), (1, C, 2, 2)],
         [(1, C, 5, 1), (3, C, 4, 4), (0, C, 1, 1)],

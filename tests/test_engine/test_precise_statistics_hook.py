@@ -18,7 +18,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, LOOPS, METRICS, MODELS
 from mmengine.runner import BaseLoop, Runner
-from reference import statistics, ubn
+from reference import RECTIFIERS, statistics, ubn
 from tiny_config import write_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -292,7 +292,7 @@ def expect(values, batches):
     return expected
 
 
-NAMES = ('weight', 'bias', 'center_weight', 'scale_weight', 'scale_bias')
+NAMES = ('weight', 'bias', *RECTIFIERS)
 
 
 def conv(x, values, index):

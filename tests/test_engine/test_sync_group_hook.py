@@ -96,7 +96,7 @@ def make_steps(number):
 
 
 def test_statistics_are_those_of_a_block():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     ((xs, dys),) = steps = make_steps(1)
     ranks = distributed.run(WORLD_SIZE, train, params, steps, False)
     running = []
@@ -115,17 +115,17 @@ def test_statistics_are_those_of_a_block():
 
 
 def test_one_line_is_logged():
-    ranks = distributed.run(WORLD_SIZE, train, random_params(C, 2), [], False)
+    ranks = distributed.run(WORLD_SIZE, train, random_params(C, 2, 3), [], False)
     # Twice, as training starts twice.
     line = 'SyncUBN: 1 layers share their statistics within blocks of 2 of 4 ranks'
     assert ranks[0]['messages'] == [(logging.INFO, line)] * 2
 
 
 def test_parameters_stay_equal_under_ddp():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     steps = make_steps(3)
     ranks = distributed.run(WORLD_SIZE, train, params, steps, True)
-    parameters = [p for name, p in params.items() if name != 'neighbour_weight']
+    parameters = list(params.values())
     assert len(parameters) == len(ranks[0]['parameters'])
     for rank in ranks[1:]:
         for found, first in zip(rank['parameters'], ranks[0]['parameters'], strict=True):
@@ -162,7 +162,7 @@ def train_and_average(rank, params, xs):
 
 
 def test_sync_buffers_hook_averages_the_blocks():
-    ranks = distributed.run(WORLD_SIZE, train_and_average, random_params(C, 2), make_batches())
+    ranks = distributed.run(WORLD_SIZE, train_and_average, random_params(C, 2, 3), make_batches())
     assert not torch.allclose(ranks[0][0], ranks[2][0], atol=1e-2)
     average = (ranks[0][0] + ranks[2][0]) / 2
     for _, found, tracked in ranks:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import Collectives
-from reference import random_params
+from reference import gain_of, random_params
 from sync_reference import SyncReference
 from test_sync_ubn import (
     BACKWARD,
@@ -223,7 +223,8 @@ def test_distributed_data_parallel_over_more_ranks_than_the_groups(broadcast_buf
         ]
         steps.append((xs, [torch.randn(n, C).double() for n in numbers]))
     state = {
-        name: 0.3 * torch.randn_like(p).double() for name, p in Net(options).named_parameters()
+        name: 0.3 / gain_of(name.rpartition('.')[2]) * torch.randn_like(p).double()
+        for name, p in Net(options).named_parameters()
     }
     ranks = distributed.run(4, train_net, options, state, steps, broadcast_buffers)
 
@@ -275,7 +276,7 @@ def train_alone(rank, params, xs, dys):
 
 
 def test_group_of_one_rank_is_ubn():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
     for sync, plain in distributed.run(2, train_alone, params, xs, dys):
         assert sync['collectives'] == []
@@ -307,7 +308,7 @@ def train_outside_and_in(rank, params, steps):
 
 
 def test_rank_outside_of_the_group_raises_and_can_be_taken_in():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     shapes = [(2, C, 3, 3), (3, C, 2, 4), (1, C, 2, 2)]
     steps = [with_gradients(random_batches(some)) for some in (shapes[:2], shapes)]
     ranks = distributed.run(3, train_outside_and_in, params, steps)
@@ -361,7 +362,7 @@ def train_saved(rank, params, xs, dys):
 
 
 def test_saved_and_copied_layers():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
     ranks = distributed.run(3, train_saved, params, xs, dys)[:2]
     for i in range(3):
@@ -408,7 +409,7 @@ def train_destroyed(rank, params, steps):
 
 
 def test_destroyed_group():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     shapes = [(2, C, 3, 3), (3, C, 2, 4)]
     steps = [with_gradients(random_batches(shapes)) for _ in range(3)]
     ranks = distributed.run(2, train_destroyed, params, steps)
@@ -472,7 +473,7 @@ def train_anew(rank, store, params, steps):
 
 
 def test_default_group_made_anew_with_fewer_ranks(tmp_path):
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     shapes = [(2, C, 3, 3), (3, C, 2, 4), (4, C, 2, 2)]
     (xs, dys), later = (with_gradients(random_batches(some)) for some in (shapes, shapes[:2]))
     store = str(tmp_path / 'store')

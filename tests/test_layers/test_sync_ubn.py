@@ -197,7 +197,10 @@ def test_ranks_equal_one_process(shapes):
     # The gate is open, closed, open.
     steps = [random_batches(shapes, alike) for alike in (0, 0.9, 0)]
     options = dict(condensation_threshold=0.9, warmup=1)
-    ranks, norm = assert_equals_one_process(steps, random_params(C, 2), options)
+    if len(shapes[0]) == 5:
+        # A neighbourhood is one of 2 dimensions.
+        options['affine_kernel'] = 1
+    ranks, norm = assert_equals_one_process(steps, random_params(C, 2, 3), options)
 
     has_pairs = any(x.numel() and len(x) > 1 for x in steps[0])
     assert norm.num_batches_condensed == has_pairs
@@ -224,7 +227,7 @@ OPTIONS = {
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS.keys())
 def test_options(options):
     shapes = [(2, C, 4, 3), (0, C, 4, 3), (3, C, 2, 5)]
-    params = random_params(C, 2, options.get('affine_kernel', 1))
+    params = random_params(C, 2, options.get('affine_kernel', 3))
     steps = [random_batches(shapes) for _ in range(3)]
     ranks, norm = assert_equals_one_process(steps, params, options)
     closed = 'on_condensed' in options or options == OPTIONS['kernel, running']
@@ -247,12 +250,12 @@ def test_without_running_statistics():
     options = dict(track_running_stats=False, **ALWAYS_CONDENSED)
     # There is no gate to close.
     norm = SyncReference(C, threshold=None)
-    ranks, _ = assert_equals_one_process(steps, random_params(C, 2), options, norm)
+    ranks, _ = assert_equals_one_process(steps, random_params(C, 2, 3), options, norm)
     assert ranks[0][0]['buffers'] == {}
 
 
 def test_input_without_gradient():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (0, C, 3, 3)]))
     ranks = distributed.run(2, train, {}, params, [(xs, dys)], dict(requires_grad=False))
     _, _, gradients = reference_step(SyncReference(C), params, xs, dys)
@@ -269,7 +272,7 @@ def train_frozen(rank, params, xs, dys):
 
 
 def test_frozen_layer_synchronises():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 4, 2)]))
     norm = SyncReference(C)
     ys, dxs, _ = reference_step(norm, params, xs, dys)
@@ -301,7 +304,7 @@ def train_shared(rank, params, steps):
 def test_layer_shared_by_several_maps():
     shapes = [[(2, C, 6, 4), (1, C, 4, 4)], [(2, C, 3, 2), (1, C, 2, 2)]]
     steps = [with_gradients(random_batches(level)) for level in shapes]
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     norm = SyncReference(C)
     expected = [reference_step(norm, params, *step) for step in steps]
     ranks = distributed.run(2, train_shared, params, steps)
@@ -391,7 +394,7 @@ def test_nothing_moves_if_all_ranks_are_empty(kernel, shape, momentum, on_conden
 @pytest.mark.parametrize('shape', [(1, C), (1, C, 1, 1)])
 def test_single_value_over_all_ranks_does_not_move_running_stats(shape, on_condensed):
     """It has no variance. No rank can raise an error by itself: the others would wait for it."""
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     full = random_batches([(3, *shape[1:])] * 2)
     single = random_batches([shape, (0, *shape[1:])])
     steps = [with_gradients(full), with_gradients(single)]
@@ -430,7 +433,7 @@ def test_pairs_of_all_ranks_decide(num_alike, num_random, threshold, is_open, on
     )
     # On either rank the local score is the wrong one once.
     for xs in (batches, batches[::-1]):
-        ranks, _ = assert_equals_one_process([xs, xs], random_params(C, 2), options)
+        ranks, _ = assert_equals_one_process([xs, xs], random_params(C, 2, 3), options)
         for found in (rank[1]['buffers'] for rank in ranks):
             assert found['num_batches_tracked'] == (2 if is_open else 0)
             assert_close(found['condensation'], score, 'condensation', SCORE)
@@ -441,7 +444,7 @@ def test_pairs_of_different_ranks_do_not_count():
     batch = torch.randn(2, C, 3, 3).double()
     batch[1] -= (batch[0] * batch[1]).sum() / batch[0].square().sum() * batch[0]
     options = dict(condensation_threshold=0.1, warmup=0)
-    ranks, _ = assert_equals_one_process([[batch] * 2], random_params(C, 2), options)
+    ranks, _ = assert_equals_one_process([[batch] * 2], random_params(C, 2, 3), options)
     for rank in ranks:
         assert rank[0]['buffers']['num_batches_condensed'] == 0
         assert_close(rank[0]['buffers']['condensation'], torch.zeros(()), 'condensation', SCORE)
@@ -451,7 +454,7 @@ def test_score_is_undefined_without_pairs():
     pairs, none = ([(n, C, 3, 3)] * 2 for n in (3, 1))
     options = dict(ALWAYS_CONDENSED)
     steps = [random_batches(pairs), random_batches(none)]
-    for rank in assert_equals_one_process(steps, random_params(C, 2), options)[0]:
+    for rank in assert_equals_one_process(steps, random_params(C, 2, 3), options)[0]:
         before, after = (step['buffers'] for step in rank)
         assert torch.equal(after['condensation'], before['condensation'])
         assert before['num_batches_tracked'] == 0
@@ -463,7 +466,7 @@ def test_warmup_and_patience(on_condensed):
     shapes = [(2, C, 3, 3), (0, C, 3, 3), (3, C, 2, 4)]
     options = dict(on_condensed=on_condensed, condensation_threshold=0.7, warmup=2, patience=3)
     steps = [random_batches(shapes, alike=0.9) for _ in range(11)]
-    ranks, _ = assert_equals_one_process(steps, random_params(C, 2), options)
+    ranks, _ = assert_equals_one_process(steps, random_params(C, 2, 3), options)
     for rank in ranks:
         tracked = [int(step['buffers']['num_batches_tracked']) for step in rank]
         assert tracked == [1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4]
@@ -479,7 +482,7 @@ def test_one_bad_rank_closes_the_gate_on_all(bad_rank, bad_value, on_condensed):
     bad[bad_rank][1, 2, 0, 0] = bad_value
     # Patience does not let it through, either.
     options = dict(on_condensed=on_condensed, condensation_threshold=0.95, warmup=0, patience=1)
-    ranks, _ = assert_equals_one_process([good, bad, bad, good], random_params(C, 2), options)
+    ranks, _ = assert_equals_one_process([good, bad, bad, good], random_params(C, 2, 3), options)
     for rank, (before, *closed, after) in enumerate(ranks):
         for step in closed:
             for name in ('running_mean', 'running_var', 'condensation', 'num_batches_tracked'):
@@ -541,7 +544,7 @@ def test_activation_checkpointing(on_condensed, use_reentrant):
     options = dict(on_condensed=on_condensed, condensation_threshold=-1.0, warmup=1, patience=1)
     ranks, norm = assert_equals_one_process(
         [random_batches(shapes) for _ in range(4)],
-        random_params(C, 2),
+        random_params(C, 2, 3),
         options,
         use_reentrant=use_reentrant,
     )
@@ -566,7 +569,7 @@ def evaluate(rank, params, x, track_running_stats):
 
 @pytest.mark.parametrize('track_running_stats', [True, False])
 def test_evaluation_of_one_rank_alone(track_running_stats):
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     x = torch.randn(2, C, 3, 3).double()
     found, _ = distributed.run(2, evaluate, params, x, track_running_stats)
     running = [torch.full((C,), value).double() for value in (0.5, 2)]
@@ -589,7 +592,11 @@ def train_both(rank, params, x, dy):
 
 @pytest.mark.parametrize('is_initialised', [False, True])
 def test_one_rank_is_ubn(is_initialised):
-    args = random_params(C, 2), torch.randn(3, C, 3, 3).double(), torch.randn(3, C, 3, 3).double()
+    args = (
+        random_params(C, 2, 3),
+        torch.randn(3, C, 3, 3).double(),
+        torch.randn(3, C, 3, 3).double(),
+    )
     if is_initialised:
         ((sync, plain),) = distributed.run(1, train_both, *args)
     else:
@@ -618,7 +625,7 @@ def test_groups_keep_their_own_statistics():
     half = random_batches(shapes[:2], alike=0.9) + random_batches(shapes[2:])
     steps = [with_gradients(xs) for xs in (random_batches(shapes), half)]
     options = dict(condensation_threshold=0.9, warmup=1)
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     ranks = distributed.run(4, train_in_groups, options, params, steps)
     closed = []
     for group in (slice(0, 2), slice(2, 4)):
@@ -672,7 +679,7 @@ def train_copies(rank, params, xs, dys):
 
 
 def test_copy_keeps_the_group():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4), (2, C, 2, 2)]))
     *ranks, _ = distributed.run(3, train_copies, params, xs, dys)
     for i in range(4):
@@ -701,7 +708,7 @@ def train_pickled(rank, params, xs, dys):
 
 
 def test_pickling_loses_the_group():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
     ranks = distributed.run(2, train_pickled, params, xs, dys)
     for i in range(3):
@@ -953,7 +960,7 @@ def train_compiled(rank, params, xs, dys):
 
 
 def test_compiled_layer_synchronises():
-    params = random_params(C, 2)
+    params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 4, 2)]))
     for (plain, compiled), (before, after) in distributed.run(2, train_compiled, params, xs, dys):
         for a, b in zip(plain[:2], compiled[:2], strict=True):

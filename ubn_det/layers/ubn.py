@@ -70,6 +70,13 @@ class Gain(torch.autograd.Function):
         return gradient / RECTIFIER_GAIN
 
 
+def _gain_by_operators(parameter: Tensor) -> Tensor:
+    """Do what ``Gain`` does in a graph that has to run without this package."""
+    fixed = parameter.detach()
+    # The difference is 0, and carries the gradient.
+    return fixed * RECTIFIER_GAIN + (parameter - fixed) / RECTIFIER_GAIN
+
+
 class Kept(NamedTuple):
     """What a forward that may be recomputed leaves for its second run.
 
@@ -270,7 +277,7 @@ class UBN(_BatchNorm):
         missing = 2 + self._kernel_dims - x.dim() if self.affine_kernel > 1 else 0
         if missing:
             x = x.reshape(*x.shape[:2], *[1] * missing, *x.shape[2:])
-        parameters = Parameters(self.weight, self.bias, **self.rectifiers())
+        parameters = Parameters(self.weight, self.bias, *self.rectifiers().values())
         if is_plain:
             statistics = Statistics(self.running_mean, self.running_var)
             y = unified_batch_norm_plain(x, parameters, self.eps, statistics)
@@ -306,7 +313,12 @@ class UBN(_BatchNorm):
         w_c, w_s, b_s and neighbour: RECTIFIER_GAIN times the parameters, see ``Gain``.
         """
         parameters = ((name, getattr(self, name)) for name in EXTRA_PARAMETERS)
-        return {name: None if p is None else Gain.apply(p) for name, p in parameters}
+        gain = Gain.apply
+        if _is_exporting():
+            gain = _gain_by_operators
+        elif not torch.is_grad_enabled():
+            gain = Gain.forward
+        return {name: None if p is None else gain(p) for name, p in parameters}
 
     def _is_bn(self, input: Tensor) -> bool:
         """Whether there is nothing that BN lacks, or all of it at 0: then BN's own kernel runs."""
