@@ -7,7 +7,6 @@ settings = {
     for name, norm in {
         'BN': dict(type='BN'),
         'GN': dict(type='GN', num_groups=4),
-        'UBN': dict(type='UBN'),
         'UBN, threshold off': dict(type='UBN', condensation_threshold=None),
         'UBN, threshold 0.6': dict(type='UBN', condensation_threshold=0.6, warmup=50),
         'UBN, rectifiers alone': dict(type='UBN', affine_kernel=1, condensation_threshold=None),

@@ -6,6 +6,7 @@ _norms = dict(
     BN=dict(type='BN'),
     **{
         'UBN, threshold off': dict(type='UBN', condensation_threshold=None),
+        # The defaults, spelled out.
         'UBN, threshold 0.6': dict(type='UBN', condensation_threshold=0.6, warmup=50),
     },
     GN=dict(type='GN', num_groups=8),
