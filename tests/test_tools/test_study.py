@@ -101,7 +101,7 @@ def test_interrupted_study_goes_on(tmp_path):
     )
     # Saved before the evaluation of its iteration.
     mark = runs / 'bn/seed0/last_checkpoint'
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
