@@ -207,7 +207,8 @@ FITS = [
     # What changes in the checkpoint, and whether it serves to resume and to test.
     ({}, True, True),
     ({'norm.weight': torch.ones(199)}, False, False),
-    ({'norm.neighbour_weight': torch.ones(200, 1, 3, 3)}, False, False),
+    ({'norm.neighbour_weight': torch.ones(200, 1, 5, 5)}, False, False),
+    ({'norm.unknown_weight': torch.ones(200)}, False, False),
     ({'norm.condensation': torch.ones(1)}, False, False),
     ({'conv.weight': 'text'}, False, False),
     ({'conv.bias': None}, False, False),
