@@ -208,7 +208,6 @@ FITS = [
     ({}, True, True),
     ({'norm.weight': torch.ones(199)}, False, False),
     ({'norm.neighbour_weight': torch.ones(200, 1, 5, 5)}, False, False),
-    ({'norm.unknown_weight': torch.ones(200)}, False, False),
     ({'norm.condensation': torch.ones(1)}, False, False),
     ({'conv.weight': 'text'}, False, False),
     ({'conv.bias': None}, False, False),
@@ -232,6 +231,13 @@ def test_fit(changes, resumes, tests):
             with pytest.raises(RuntimeError, match=f'cannot {purpose}.*nothing was loaded') as e:
                 check_fit(model, checkpoint, purpose)
             assert next(iter(changes)) in str(e.value)
+
+
+@pytest.mark.parametrize('purpose', ['resume', 'test'])
+def test_neighbourhood_that_the_layer_lacks_is_named(purpose):
+    checkpoint = checkpoint_of(Model())
+    with pytest.raises(RuntimeError, match='norm.neighbour_weight'):
+        check_fit(Model(norm=UBN(200, affine_kernel=1)), checkpoint, purpose)
 
 
 def test_rectifiers_that_plain_bn_would_drop_are_named():
