@@ -237,7 +237,7 @@ def test_fit(changes, resumes, tests):
 def test_neighbourhood_that_the_layer_lacks_is_named(purpose):
     checkpoint = checkpoint_of(Model())
     with pytest.raises(RuntimeError, match='norm.neighbour_weight'):
-        check_fit(Model(norm=UBN(200, affine_kernel=1)), checkpoint, purpose)
+        check_fit(Model(norm=UBN2d(200, affine_kernel=1)), checkpoint, purpose)
 
 
 def test_rectifiers_that_plain_bn_would_drop_are_named():
