@@ -49,10 +49,9 @@ study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 
 	$(VENV_PYTHON) tools/study.py configs/study/grids/generated.py --work-dir $(STUDY_DIR)/generated
 	$(VENV_PYTHON) tools/study.py configs/study/grids/digits.py --work-dir $(STUDY_DIR)/digits \
 	    --seeds 0 1 2
-	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv \
-	    docs/results/pennfudan.csv docs/results/pennfudan_ablation.csv \
-	    docs/results/pennfudan_batch1.csv docs/results/pennfudan_batch2.csv \
-	    docs/results/pennfudan_finetune.csv
+	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv docs/results/pennfudan.csv
+	$(VENV_PYTHON) tools/report_study.py docs/results/pennfudan_ablation.csv \
+	    --condensation 'score of BN' 'score of UBN'
 	$(VENV_PYTHON) tools/report_study.py --metrics digits/accuracy \
 	    $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv
 
