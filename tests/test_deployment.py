@@ -118,6 +118,13 @@ def test_kernel_of_zeros_leaves_nothing():
     assert type(model[1]) is nn.Identity
 
 
+def test_neighbourhood_of_more_dimensions_than_the_convolution_is_kept():
+    # A depthwise Conv2d would take (N, C, L) for one sample.
+    norm = UBN(4, centering=False, scaling=False)
+    model = randomize(nn.Sequential(nn.Conv1d(3, 4, 3), norm).double())
+    check_kept(model, 'the neighbourhood more', torch.randn(2, 3, 8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_type_is_kept(dtype):
     model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), UBN2d(4, affine_kernel=3)).to(dtype))

@@ -56,6 +56,7 @@ def test_gains_are_those_of_the_pairs_not_of_the_noise(tool, tmp_path, runs):
     # From 0 the curve rises to it in the first quarter: 1/8 of the area is missing.
     assert row.area_gain.mean == pytest.approx(3.0 * 7 / 8)
     assert row.time_ratio == pytest.approx(1.5)
+    assert row.early.mean() == pytest.approx(75 * np.mean([0.14, 0.16, 0.12, 0.15, 0.9]))
     assert row.final[0].mean() == pytest.approx(100 * np.mean([0.44, 0.46, 0.42, 0.45, 0.9]))
     assert row.final[1].mean() == pytest.approx(row.final[0].mean() / 2)
     # 0.04 less than the last 0.1 of 25 iterations.
