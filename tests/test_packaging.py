@@ -354,8 +354,7 @@ def test_interruption_ends_the_command_and_what_it_started(monkeypatch, tmp_path
         setup_env.run_logged(['sh', '-c', 'sleep 60 & echo $!; wait'], log)
     child = int(log.read_text())
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        # A zombie has ended as well; only init may collect it. On busy cores a killed one takes its
-        # time to die.
+        # A zombie has ended as well; only init may collect it. On busy cores it takes its time.
         deadline = time.monotonic() + 30
         state = None
         while state != 'Z' and time.monotonic() < deadline:
