@@ -49,11 +49,12 @@ study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 
 	$(VENV_PYTHON) tools/study.py configs/study/grids/generated.py --work-dir $(STUDY_DIR)/generated
 	$(VENV_PYTHON) tools/study.py configs/study/grids/digits.py --work-dir $(STUDY_DIR)/digits \
 	    --seeds 0 1 2
-	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv docs/results/pennfudan.csv
+	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv \
+	    docs/results/generated.csv docs/results/pennfudan.csv
 	$(VENV_PYTHON) tools/report_study.py docs/results/pennfudan_ablation.csv \
 	    --condensation 'score of BN' 'score of UBN'
-	$(VENV_PYTHON) tools/report_study.py --metrics digits/accuracy \
-	    $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv
+	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv \
+	    --metrics digits/accuracy
 
 lint: setup  ## check the code's style; changes nothing
 	$(VENV_PYTHON) -m ruff check --no-cache .
