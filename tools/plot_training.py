@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,9 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP')
+# Tag, title, colour map and its lower end.
 HEATMAPS = (
-    ('condensation', 'condensation score of the last batch', 'viridis', -0.2, 1.0),
-    ('condensed_share', 'share of batches with a closed gate', 'magma', 0.0, 1.0),
+    ('condensation', 'condensation score of the last batch', 'viridis', -0.2),
+    ('condensed_share', 'share of batches with a closed gate', 'magma', 0.0),
 )
 
 
@@ -60,8 +62,24 @@ def plot_training(work_dir: Path, out: Path) -> None:
         ('condensation/mean', 'condensation/max', 'condensed_share/mean'),
         'over all layers',
     )
-    for column, heatmap in enumerate(HEATMAPS, start=1):
-        _plot_heatmap(figure.add_subplot(grid[:, column]), steps, layers, *heatmap)
+    for column, (tag, title, colours, low) in enumerate(HEATMAPS, start=1):
+        values = {
+            step: {layer: scalars.get(f'{tag}/{layer}', np.nan) for layer in layers}
+            for step, scalars in steps.items()
+            if f'{tag}/mean' in scalars
+        }
+        draw_heatmap(
+            figure.add_subplot(grid[:, column]),
+            values,
+            layers,
+            title,
+            colours,
+            low,
+            fontsize=7 if column == 1 else 0,
+            location='bottom',
+            shrink=0.8,
+            pad=0.01,
+        )
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
@@ -81,35 +99,44 @@ def _plot_curves(
         axes.legend(fontsize=8, framealpha=0.5)
 
 
-def _plot_heatmap(
+def draw_heatmap(
     axes: Axes,
-    steps: dict[int, dict[str, float]],
+    values: dict[int, dict[str, float]],
     layers: list[str],
-    tag: str,
     title: str,
     colours: str,
     low: float,
-    high: float,
+    fontsize: int = 7,
+    **colorbar: Any,
 ) -> None:
+    """Draw a value of every layer over the iterations, a row for each layer.
+
+    Args:
+        axes (Axes): Where.
+        values (dict[int, dict[str, float]]): By iteration and layer; a missing one stays blank.
+        layers (list[str]): The rows, from the top.
+        title (str): Of the axes.
+        colours (str): Name of the colour map.
+        low (float): Value of its lower end; that of its upper one is 1.
+        fontsize (int): Of the layers' names; 0 for none.
+        **colorbar: Options of its scale.
+    """
     axes.set(title=title, xlabel='iteration')
-    logged = [step for step, scalars in steps.items() if f'{tag}/mean' in scalars]
-    if not logged:
+    if not values:
         axes.text(0.5, 0.5, 'nothing was logged', ha='center')
         return
-    values = np.array(
-        [[steps[step].get(f'{tag}/{layer}', np.nan) for step in logged] for layer in layers]
-    )
+    steps = sorted(values)
+    grid = np.array([[values[step].get(layer, np.nan) for step in steps] for layer in layers])
     # A column ends at its step: it tells of the iterations up to there.
-    edges = [0, *logged]
     mesh = axes.pcolormesh(
-        edges, np.arange(len(layers) + 1), values, cmap=colours, vmin=low, vmax=high
+        [0, *steps], np.arange(len(layers) + 1), grid, cmap=colours, vmin=low, vmax=1
     )
     axes.invert_yaxis()
-    if tag == HEATMAPS[0][0]:
-        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=7)
+    if fontsize:
+        axes.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=fontsize)
     else:
         axes.set_yticks([])
-    axes.figure.colorbar(mesh, ax=axes, location='bottom', shrink=0.8, pad=0.01)
+    axes.figure.colorbar(mesh, ax=axes, **colorbar)
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
+from plot_training import HEATMAPS, METRICS, draw_heatmap
 
-METRICS = ('coco/bbox_mAP', 'coco/segm_mAP')
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 # The part of the schedule that tells of early convergence.
@@ -354,24 +354,17 @@ def draw_condensation(path: Path, out: Path, settings: list[str] | None) -> bool
         len(values), 2, figsize=(15, 5.5 * len(values)), layout='constrained', squeeze=False
     )
     for pair, (setting, tags) in zip(axes, values.items()):
-        for ax, tag, title, colours, low in zip(
-            pair,
-            ('condensation', 'condensed_share'),
-            ('condensation score', 'share of closed gates'),
-            ('viridis', 'magma'),
-            (-0.2, 0.0),
-        ):
-            steps = sorted(tags[tag])
-            layers = list(tags[tag][steps[0]])
-            grid = np.array([[tags[tag][s].get(name, np.nan) for s in steps] for name in layers])
-            mesh = ax.pcolormesh(
-                [0, *steps], np.arange(len(layers) + 1), grid, cmap=colours, vmin=low, vmax=1
+        layers = list(next(iter(tags['condensation'].values())))
+        for ax, (tag, title, colours, low) in zip(pair, HEATMAPS):
+            draw_heatmap(
+                ax,
+                tags.get(tag, {}),
+                layers,
+                f'{setting}: {title}',
+                colours,
+                low,
+                fontsize=5 if ax is pair[0] else 0,
             )
-            ax.invert_yaxis()
-            ax.set(title=f'{setting}: {title}', xlabel='iteration')
-            is_first = tag == 'condensation'
-            ax.set_yticks(np.arange(len(layers)) + 0.5, layers if is_first else [], fontsize=5)
-            figure.colorbar(mesh, ax=ax)
     figure.savefig(out, dpi=70)
     plt.close(figure)
     return True
