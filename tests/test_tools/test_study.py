@@ -11,8 +11,13 @@ import time
 import pytest
 import torch
 from mmdet.utils import register_all_modules
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from tiny_config import ROOT, load_tool, run_tool, write_config
+
+from ubn_det import UBN
+
+GRIDS = sorted((ROOT / 'configs/study/grids').glob('*.py'))
 
 STUDY = """
 config = '{config}'
@@ -87,6 +92,23 @@ def test_grid_is_trained_once_and_collected(study, tmp_path):
     second = run_tool(*arguments)
     assert '4 runs, 4 done before' in second.stdout
     assert read_rows(out) == rows
+
+
+@pytest.mark.parametrize('path', GRIDS, ids=lambda path: path.stem)
+def test_settings_of_a_grid_differ_and_build(tool, path):
+    register_all_modules()
+    study = tool.load_study(path)
+    marks = {tool.fingerprint(study, setting) for setting in study.settings}
+    assert len(marks) == len(study.settings)
+    for setting, options in study.settings.items():
+        cfg = tool.build_config(study, setting, 0, None)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(cfg.model)
+        # A misspelt key would leave the base config's BN.
+        has_ubn = any(isinstance(module, UBN) for module in model.modules())
+        assert has_ubn == ("'UBN'" in str(options)), setting
+        if 'batch' in path.stem:
+            assert cfg.train_dataloader.batch_size == int(path.stem.split('batch')[1])
 
 
 def test_interrupted_study_goes_on(tmp_path):

@@ -1,12 +1,16 @@
-# Two images a step, where the statistics of a batch are poor.
+# 2 images a step.
 config = '../mask-rcnn_r18-small-scratch_fpn_pennfudan.py'
 baseline = 'BN'
 seeds = [0, 1, 2, 3, 4]
-_norms = dict(
-    BN=dict(type='BN'),
-    GN=dict(type='GN', num_groups=8),
-    UBN=dict(type='UBN', condensation_threshold=None),
-)
+_norms = {
+    'BN': dict(type='BN'),
+    'GN': dict(type='GN', num_groups=8),
+    'UBN, threshold off': dict(type='UBN', condensation_threshold=None),
+    'UBN, threshold 0.6': dict(type='UBN', condensation_threshold=0.6, warmup=50),
+    'score of BN': dict(
+        type='UBN', affine_kernel=1, centering=False, scaling=False, condensation_threshold=1.0
+    ),
+}
 _places = ('backbone', 'neck', 'roi_head.mask_head')
 settings = {
     name: {
