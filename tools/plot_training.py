@@ -48,7 +48,8 @@ def plot_training(work_dir: Path, out: Path) -> None:
             tag.split('/', 1)[1]
             for scalars in steps.values()
             for tag in scalars
-            if tag.startswith('condensation/') and not tag.endswith(('/mean', '/max'))
+            if tag.startswith(('condensation/', 'condensed_share/'))
+            and not tag.endswith(('/mean', '/max'))
         )
     )
     height = max(7.0, 1.5 + 0.17 * len(layers))

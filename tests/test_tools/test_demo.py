@@ -83,6 +83,20 @@ def test_plot_shows_the_scalars_of_a_resumed_run(tmp_path, monkeypatch):
     assert np.ptp(picture) > 0
 
 
+def test_plot_of_a_run_without_a_threshold_has_the_shares(tmp_path, monkeypatch):
+    plot = load_tool('plot_training', monkeypatch)
+    folder = tmp_path / '20260101_000000/vis_data'
+    folder.mkdir(parents=True)
+    row = {'loss': 2.0, 'step': 5, 'condensed_share/a': 0.25, 'condensed_share/mean': 0.25}
+    (folder / 'scalars.json').write_text(json.dumps(row))
+    drawn = []
+    monkeypatch.setattr(plot, 'draw_heatmap', lambda axes, *args, **kwargs: drawn.append(args))
+    plot.plot_training(tmp_path, tmp_path / 'out.png')
+    assert [args[:2] for args in drawn] == [({}, ['a']), ({5: {'a': 0.25}}, ['a'])]
+    monkeypatch.undo()
+    plot.plot_training(tmp_path, tmp_path / 'out.png')
+
+
 def test_plot_without_a_log_names_the_folder(tmp_path, monkeypatch):
     plot = load_tool('plot_training', monkeypatch)
     with pytest.raises(FileNotFoundError, match='scalars.json'):
