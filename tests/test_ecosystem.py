@@ -70,7 +70,8 @@ def set_rectifiers(model, std):
 
 def make_model(norm=None, **kwargs):
     """Return convolution, UBN, convolution."""
-    norm = randomize(UBN(4, **kwargs)) if norm is None else norm
+    if norm is None:
+        norm = randomize(UBN(4, **{'condensation_threshold': 0.6, **kwargs}))
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(4, 2, 1))
 
 
@@ -164,7 +165,7 @@ class TestAveraging:
     @pytest.mark.parametrize('buffers', [True, False])
     @pytest.mark.parametrize('layer', [UBN, SyncUBN])
     def test_average(self, name, buffers, layer):
-        model = make_model(randomize(layer(4, warmup=2)))
+        model = make_model(randomize(layer(4, warmup=2, condensation_threshold=0.6)))
         average = self.AVERAGES[name](model, buffers)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         states, batches = [], []
@@ -506,7 +507,7 @@ class TestTypes:
         assert is_finite(model)
 
     def test_values_that_half_precision_cannot_square(self):
-        layer = UBN(4)
+        layer = UBN(4, condensation_threshold=0.6)
         x = (3000 + 1000 * torch.randn(4, 4, 8, 8)).half()
         y = layer(x)
         assert y.dtype == torch.half
@@ -516,7 +517,7 @@ class TestTypes:
         assert_same(y.float(), expected, rtol=0, atol=5e-3)
 
     def test_half_converts_the_statistics_and_not_the_counters(self):
-        layer = randomize(UBN(4)).half()
+        layer = randomize(UBN(4, condensation_threshold=0.6)).half()
         assert {p.dtype for p in layer.parameters()} == {torch.half}
         types = {name: buffer.dtype for name, buffer in layer.named_buffers()}
         assert types.pop('running_mean') == types.pop('running_var') == torch.half
@@ -806,7 +807,11 @@ class TestTransforms:
                 compiled(torch.randn(shape)).sum().backward()
             return counter.frame_count
 
-        assert recompilations(UBN(4)) == recompilations(nn.BatchNorm2d(4)) <= 3
+        assert (
+            recompilations(UBN(4, condensation_threshold=0.6))
+            == recompilations(nn.BatchNorm2d(4))
+            <= 3
+        )
 
     def test_a_compiled_model_sees_one_operator_each_way(self):
         torch.compiler.reset()
@@ -816,7 +821,9 @@ class TestTransforms:
             seen.append([str(node.target) for node in graph.graph.nodes])
             return graph
 
-        torch.compile(UBN(3), backend=backend, fullgraph=True)(torch.randn(2, 3, 4, 4))
+        torch.compile(UBN(3, condensation_threshold=0.6), backend=backend, fullgraph=True)(
+            torch.randn(2, 3, 4, 4)
+        )
         (targets,) = seen
         assert [t for t in targets if 'ubn_det' in t] == [
             'ubn_det.unified_batch_norm_training.default'

@@ -62,6 +62,7 @@ def test_training_step(case):
         if transform.type == 'Resize':
             transform.scale = (256, 192)
     train = DATASETS.build(cfg.train_dataloader.dataset)
+    cfg.model.backbone.norm_cfg.condensation_threshold = 0.6
     model = MODELS.build(cfg.model)
     model.init_weights()
     model.train()

@@ -450,8 +450,8 @@ def model_suite(args: argparse.Namespace) -> Iterator[Row]:
         models = {}
         norm_cfgs = {
             'BN': dict(type='BN'),
-            'UBN': dict(type='UBN', affine_kernel=1),
-            'UBN, kernel 3': dict(type='UBN', affine_kernel=3),
+            'UBN': dict(type='UBN', **WITHOUT_NEIGHBOURHOOD),
+            'UBN, kernel 3': dict(type='UBN', **WITHOUT_NEIGHBOURHOOD | dict(affine_kernel=3)),
         }
         for name, norm_cfg in norm_cfgs.items():
             torch.manual_seed(0)
@@ -630,8 +630,8 @@ def rank_main(
         x.requires_grad_()
         channels = RANKS_SHAPE[1]
         layers = {
-            'UBN': UBN(channels, affine_kernel=1),
-            'SyncUBN': SyncUBN(channels, affine_kernel=1),
+            'UBN': UBN(channels, **WITHOUT_NEIGHBOURHOOD),
+            'SyncUBN': SyncUBN(channels, **WITHOUT_NEIGHBOURHOOD),
         }
         if on_gpu:
             layers['SyncBN'] = nn.SyncBatchNorm(channels)

@@ -11,7 +11,7 @@ from .deployment import fuse
 from .engine import CondensationHook
 from .layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
 
-__version__ = '0.2.0'
+__version__ = '0.3.0'
 
 __all__ = [
     'CondensationHook',

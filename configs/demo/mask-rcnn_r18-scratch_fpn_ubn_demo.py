@@ -5,7 +5,8 @@ _base_ = [
     '../_base_/schedule_400i.py',
     '../_base_/ubn.py',
 ]
-norm_cfg = dict(type='UBN')
+# With a gate, for the picture of its work.
+norm_cfg = dict(type='UBN', condensation_threshold=0.6)
 # Half the channels, and two samples per RoI bin instead of as many as a large region has pixels:
 # the demo is to take minutes on a CPU.
 model = dict(

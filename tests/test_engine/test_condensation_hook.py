@@ -271,6 +271,7 @@ def warnings(runner):
 LAYERS = ('backbone.norms.0', 'backbone.norms.1')
 # As the first layer: every second batch is over this, after the first two.
 UNDECIDED = dict(type='UBN', condensation_threshold=0.6, warmup=2)
+SCORED = dict(type='UBN', condensation_threshold=0.6)
 
 
 def expected_scalars(states, steps):
@@ -319,7 +320,7 @@ def test_interval_is_that_of_a_run_without_logger_hook(tmp_path):
 
 
 def test_scalars_in_tensorboard(tmp_path):
-    model = block(UNDECIDED, dict(type='UBN'))
+    model = block(UNDECIDED, SCORED)
     backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
     visualizer = dict(type='Visualizer', vis_backends=backends)
     runner = train(make_config(tmp_path, model, visualizer=visualizer))
@@ -348,7 +349,7 @@ def test_share_of_closed_gates_since_the_last_log(tmp_path):
 
 def test_layer_without_a_threshold_has_no_score(tmp_path):
     # 0 would read as samples that have nothing in common.
-    model = block(dict(type='UBN', condensation_threshold=None), dict(type='UBN'))
+    model = block(dict(type='UBN'), SCORED)
     scalars = read_scalars(train(make_config(tmp_path, model, max_iters=4)))[4]
     assert f'condensation/{LAYERS[0]}' not in scalars
     assert scalars['condensation/mean'] == scalars[f'condensation/{LAYERS[1]}']
@@ -432,7 +433,7 @@ def test_line_at_the_start_counts(tmp_path):
 
 
 def test_layers_without_running_statistics_are_not_followed(tmp_path):
-    model = block(dict(type='UBN', track_running_stats=False), dict(type='UBN'))
+    model = block(dict(type='UBN', track_running_stats=False), SCORED)
     runner = train(make_config(tmp_path, model, max_iters=4))
     assert set(read_scalars(runner)[4]) == {
         f'{tag}/{name}'
@@ -671,7 +672,7 @@ def test_replaced_layers_raise_in_evaluation_too(tmp_path, loop):
 
 
 def test_training_with_validation_follows_training_only(tmp_path):
-    model = block(UNDECIDED, dict(type='UBN'))
+    model = block(UNDECIDED, SCORED)
     config = add_evaluation(make_config(tmp_path, model, max_epochs=2))
     config.train_cfg.val_interval = 1
     runner = train(config)
@@ -679,7 +680,7 @@ def test_training_with_validation_follows_training_only(tmp_path):
 
 
 def test_averaged_weights_in_validation_do_not_disturb(tmp_path):
-    model = block(UNDECIDED, dict(type='UBN'))
+    model = block(UNDECIDED, SCORED)
     config = add_evaluation(make_config(tmp_path, model, max_epochs=2))
     config.train_cfg.val_interval = 1
     config.custom_hooks = [
@@ -778,13 +779,13 @@ def test_epoch_that_is_shorter_than_the_interval_is_logged_and_warns(tmp_path, i
 
 
 def test_model_built_by_hand(tmp_path):
-    model = Model(backbone=dict(type='Block', norms=[UNDECIDED, dict(type='UBN')]))
+    model = Model(backbone=dict(type='Block', norms=[UNDECIDED, SCORED]))
     runner = train(make_config(tmp_path, model, CondensationHook(), max_iters=8))
     assert read_scalars(runner) == expected_scalars(runner.recorder.states, [4, 8])
 
 
 def test_flexible_runner(tmp_path):
-    config = make_config(tmp_path, block(UNDECIDED, dict(type='UBN')), max_iters=8, env_cfg=dict())
+    config = make_config(tmp_path, block(UNDECIDED, SCORED), max_iters=8, env_cfg=dict())
     runner = FlexibleRunner.from_cfg(config)
     runner.recorder = Recorder()
     runner.register_hook(runner.recorder)
@@ -794,7 +795,7 @@ def test_flexible_runner(tmp_path):
 
 @pytest.mark.usefixtures('process_group')
 def test_wrapped_model(tmp_path):
-    model = Model(backbone=dict(type='Block', norms=[UNDECIDED, dict(type='SyncUBN')]))
+    model = Model(backbone=dict(type='Block', norms=[UNDECIDED, dict(SCORED, type='SyncUBN')]))
     wrapped = MMDistributedDataParallel(model, broadcast_buffers=False)
     runner = start(make_config(tmp_path, wrapped, max_iters=4))
     runner.train()

@@ -166,7 +166,7 @@ def test_score_of_the_last_training_batch(batch, expected, threshold):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_score_of_every_kind_of_input(shape, dtype):
     x = (torch.randn(shape) + 1).to(dtype)
-    layer = UBN(4, affine_kernel=1)
+    layer = UBN(4, affine_kernel=1, condensation_threshold=0.6)
     layer(x)
     expected = reference.condensation_score(x.double()).float()
     torch.testing.assert_close(layer.condensation, expected, **SCORE)
@@ -228,10 +228,11 @@ def test_score_is_not_computed_where_nothing_uses_it(kwargs, training, monkeypat
         assert layer.num_batches_tracked == training
 
 
-def test_without_a_threshold_all_batches_are_open():
-    layer = build(condensation_threshold=None)
+@pytest.mark.parametrize('options', [dict(condensation_threshold=None), dict()])
+def test_without_a_threshold_all_batches_are_open(options):
+    layer = UBN(SHAPE[1], warmup=0, dtype=torch.float64, **options)
     assert is_open(layer, identical())
-    assert layer.condensation == 0.25
+    assert layer.condensation == 0
 
 
 # The decision

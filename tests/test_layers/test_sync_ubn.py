@@ -62,7 +62,7 @@ def with_gradients(batches):
 
 
 def build(options, params, dtype=torch.float64):
-    layer = SyncUBN(C, **options, dtype=dtype)
+    layer = SyncUBN(C, **{'condensation_threshold': 0.6, **options}, dtype=dtype)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(params[name])
@@ -320,7 +320,7 @@ def test_layer_shared_by_several_maps():
 
 
 def train_in_float32(rank, xs, dys):
-    return train_step(SyncUBN(C, momentum=1.0), xs[rank], dys[rank])
+    return train_step(SyncUBN(C, momentum=1.0, condensation_threshold=0.6), xs[rank], dys[rank])
 
 
 def test_large_mean_does_not_cancel():
@@ -518,7 +518,7 @@ def test_buffers_of_all_ranks_are_the_same_bytes(momentum):
 
 
 def average_buffers(rank, steps):
-    layer = SyncUBN(C, warmup=1)
+    layer = SyncUBN(C, warmup=1, condensation_threshold=0.6)
     for xs in steps:
         layer(xs[rank])
     before = buffers(layer)

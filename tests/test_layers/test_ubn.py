@@ -56,7 +56,8 @@ def bn_class(shape):
 
 def build(shape, dtype=torch.float64, **kwargs):
     """Return a layer for inputs of this shape, nothing of it at its initial value."""
-    layer = layer_class(shape)(shape[1], **{'eps': EPS, 'dtype': dtype, **kwargs})
+    options = {'eps': EPS, 'dtype': dtype, 'condensation_threshold': 0.6, **kwargs}
+    layer = layer_class(shape)(shape[1], **options)
     dims = layer.neighbour_weight.dim() - 2 if layer.affine_kernel > 1 else 0
     params = reference.random_params(shape[1], dims, layer.affine_kernel)
     with torch.no_grad():

@@ -79,7 +79,7 @@ def test_both_ways_decide_alike(count, num_pairs, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an accelerator')
 def test_training_waits_for_no_device():
-    layer = UBN(4, warmup=0, affine_kernel=3).cuda()
+    layer = UBN(4, condensation_threshold=0.5, warmup=0, affine_kernel=3).cuda()
     x = torch.randn(3, 4, 8, 8, device='cuda', requires_grad=True)
     layer(x).sum().backward()
     torch.cuda.set_sync_debug_mode('error')

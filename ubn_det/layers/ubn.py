@@ -114,7 +114,8 @@ class UBN(_BatchNorm):
 
     .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch,
 
-    unless s > ``condensation_threshold`` or the batch's statistics are not finite. Closed, the
+    unless s > ``condensation_threshold``, where there is one, or the batch's statistics are not
+    finite. Closed, the
     running statistics stay as they are to the bit, and ``on_condensed`` says what normalizes the
     batch. The score is not looked at before ``warmup`` batches have moved the running statistics,
     nor while ``momentum`` is None; after ``patience`` closed batches in a row one batch is let
@@ -133,8 +134,8 @@ class UBN(_BatchNorm):
         affine (bool): Whether there are ``weight`` and ``bias``.
         track_running_stats (bool): Whether there are running statistics. Without them the batch
             always normalizes itself, in evaluation too, and there is no gate.
-        condensation_threshold (float, optional): In [-1, 1]; None turns the score off. Statistics
-            that are not finite close the gate in any case.
+        condensation_threshold (float, optional): In [-1, 1]; 1 keeps the score and closes no gate,
+            None turns the score off. Statistics that are not finite close the gate in any case.
         on_condensed (str): What normalizes a batch whose gate is closed: 'running', the running
             statistics (no gradient through them), or 'freeze', its own.
         warmup (int): Number of batches that move the running statistics before the score is looked
@@ -176,7 +177,7 @@ class UBN(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
-        condensation_threshold: float | None = 0.6,
+        condensation_threshold: float | None = None,
         on_condensed: str = 'running',
         warmup: int = 50,
         patience: int = 100,
