@@ -5,8 +5,8 @@ seeds = [0, 1, 2, 3, 4]
 _norms = dict(
     BN=dict(type='BN'),
     **{
-        'UBN, threshold off': dict(type='UBN', condensation_threshold=None),
         # The defaults, spelled out.
+        'UBN, threshold off': dict(type='UBN', condensation_threshold=None),
         'UBN, threshold 0.6': dict(type='UBN', condensation_threshold=0.6, warmup=50),
     },
     GN=dict(type='GN', num_groups=8),
