@@ -39,7 +39,7 @@ settings['without decay'] = {
     **settings['UBN, threshold off'],
     'optim_wrapper.paramwise_cfg': dict(custom_keys={n: dict(decay_mult=0) for n in _rectifiers}),
 }
-# What UBN's time, and a larger step, are worth to BN.
+# What UBN's time is worth to BN, and a larger step to both.
 settings['BN, 4/3 of the iterations'] = {
     **settings['BN'],
     'train_cfg': dict(max_iters=320, val_interval=40),
@@ -47,7 +47,11 @@ settings['BN, 4/3 of the iterations'] = {
     'param_scheduler.1.end': 320,
     'param_scheduler.1.T_max': 290,
 }
-settings['BN, twice the learning rate'] = {**settings['BN'], 'optim_wrapper.optimizer.lr': 2e-3}
+for _name in ('BN', 'UBN, threshold off'):
+    settings[f'{_name}, twice the learning rate'] = {
+        **settings[_name],
+        'optim_wrapper.optimizer.lr': 2e-3,
+    }
 evaluations = {
     'batch of 2': {'test_dataloader.batch_size': 2},
     'padded to 64': {'model.data_preprocessor.pad_size_divisor': 64},
