@@ -50,7 +50,8 @@ study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 
 	$(VENV_PYTHON) tools/study.py configs/study/grids/digits.py --work-dir $(STUDY_DIR)/digits \
 	    --seeds 0 1 2
 	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv \
-	    docs/results/generated.csv docs/results/pennfudan.csv
+	    docs/results/generated.csv docs/results/pennfudan.csv \
+	    $(foreach part,batch1 batch2 batch8 sgd finetune,docs/results/pennfudan_$(part).csv)
 	$(VENV_PYTHON) tools/report_study.py docs/results/pennfudan_ablation.csv \
 	    --condensation 'score of BN' 'score of UBN'
 	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv \
