@@ -247,7 +247,9 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _gain(gain: Comparison) -> str:
-    return f'{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]'
+    # One pair says nothing of the spread.
+    interval = f' [{gain.low:+.1f}, {gain.high:+.1f}]' if gain.num_pairs > 1 else ''
+    return f'{gain.mean:+.1f}{interval}'
 
 
 def make_table(rows: list[Row], metrics: tuple[str, ...]) -> str:

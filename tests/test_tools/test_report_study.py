@@ -75,6 +75,15 @@ def test_a_setting_that_never_reaches_the_baseline(tool, tmp_path, runs):
     assert '| never |' in tool.make_table([row], study.metrics)
 
 
+def test_a_single_pair_has_no_interval(tool, tmp_path, runs):
+    single = {run: value for run, value in runs.items() if run[0] == 'BN' or run[1] == 0}
+    study = tool.Study(write_study(tmp_path / 'a.csv', single), 'BN')
+    bn, ubn = tool.make_table(tool.summarize(study), study.metrics).splitlines()[2:]
+    assert '| +3.0 |' in ubn
+    assert '[' not in ubn
+    assert '| +0.0 [+0.0, +0.0] |' in bn
+
+
 def test_the_interval_is_that_of_resampled_pairs(tool):
     generator = np.random.default_rng(1)
     differences = generator.normal(2, 3, 400)
