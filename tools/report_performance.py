@@ -221,8 +221,9 @@ quantiles of the time and of the ratio within a round.
 - **forward**: training mode, with a graph. **forward+backward**: training mode, gradients of the
   input and of all parameters. **evaluation**: evaluation mode without a graph. The score of
   stage 1 is looked at from the first batch on, and the rectifiers are not the identity.
-- **UBN**: without neighbourhood (`affine_kernel=1`), as all rows but **UBN, kernel 3**, which is
-  what UBN has by default; bars are held against the former.
+- **UBN**: with a threshold of 0.6 and without neighbourhood (`affine_kernel=1`), as all rows but
+  **UBN, stage 1 off**, which has no threshold, and **UBN, kernel 3**, which has a neighbourhood.
+  By default UBN has a neighbourhood and no threshold. Bars are held against **UBN**.
 - **UBN, identity**: without rectifiers and neighbourhood, so that evaluation runs on BN's own
   kernel. **UBN, gate closed**: a threshold of -1. **RBN**: composed of operators as in its
   paper. **BNET-3**: BN, then a depthwise 3 x 3 convolution.
