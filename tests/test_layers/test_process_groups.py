@@ -266,7 +266,8 @@ def test_distributed_data_parallel_over_more_ranks_than_the_groups(broadcast_buf
 
 def train_alone(rank, params, xs, dys):
     group = own_group(rank, [[0], [1]])
-    sync, plain = build(dict(process_group=group), params), UBN(C, dtype=torch.float64)
+    sync = build(dict(process_group=group), params)
+    plain = UBN(C, condensation_threshold=0.6, dtype=torch.float64)
     plain.load_state_dict(sync.state_dict())
     single = xs[rank][:1, :, :1, :1]
     for layer in (sync, plain):
@@ -337,7 +338,7 @@ def train_saved(rank, params, xs, dys):
 
     # The state has no group in it, and brings none.
     assert not any('group' in name for name in layer.state_dict())
-    other = SyncUBN(C, process_group=group).double()
+    other = SyncUBN(C, process_group=group, condensation_threshold=0.6).double()
     other.load_state_dict(layer.state_dict())
     assert other.process_group is group
     steps.append(train_step(other, xs[rank], dys[rank]))
@@ -445,7 +446,8 @@ def train_anew(rank, store, params, steps):
     x, dy = later_xs[rank], later_dys[rank]
     # On its own each layer is a UBN, one with a group that is no more, too.
     for layer in (early, grouped):
-        sync, plain = copy.deepcopy(layer), UBN(C, dtype=x.dtype)
+        sync = copy.deepcopy(layer)
+        plain = UBN(C, condensation_threshold=0.6, dtype=x.dtype)
         plain.load_state_dict(layer.state_dict())
         torch.testing.assert_close(train_step(sync, x, dy), train_step(plain, x, dy))
 
