@@ -250,15 +250,16 @@ def in_half(extract: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[T
 def build_config(folder: str, norm: str, fault: str, amp: bool, num_iters: int) -> Config:
     """Shrink the demo's config and give it a norm and a fault."""
     cfg = Config.fromfile(CONFIG)
-    norm_cfg = dict(type=norm, requires_grad=True)
+    # Merging takes _delete_ out, so that each place has a copy.
+    norm_cfg = dict(type=norm, requires_grad=True, _delete_=True)
     if 'UBN' in norm:
-        norm_cfg['warmup'] = num_iters // 6
+        norm_cfg.update(condensation_threshold=0.6, warmup=num_iters // 6)
     cfg.merge_from_dict(
         dict(
-            norm_cfg=norm_cfg,
+            norm_cfg=dict(norm_cfg),
             model=dict(
-                backbone=dict(base_channels=16, norm_cfg=norm_cfg),
-                neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=norm_cfg),
+                backbone=dict(base_channels=16, norm_cfg=dict(norm_cfg)),
+                neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=dict(norm_cfg)),
                 rpn_head=dict(in_channels=32, feat_channels=32),
                 roi_head=dict(
                     bbox_roi_extractor=dict(out_channels=32),
@@ -268,7 +269,7 @@ def build_config(folder: str, norm: str, fault: str, amp: bool, num_iters: int) 
                         in_channels=32,
                         conv_out_channels=32,
                         num_classes=len(CLASSES),
-                        norm_cfg=norm_cfg,
+                        norm_cfg=dict(norm_cfg),
                     ),
                 ),
                 train_cfg=dict(rcnn=dict(sampler=dict(num=32))),
