@@ -65,7 +65,9 @@ def plot_training(work_dir: Path, out: Path) -> None:
     )
     for column, (tag, title, colours, low) in enumerate(HEATMAPS, start=1):
         values = {
-            step: {layer: scalars.get(f'{tag}/{layer}', np.nan) for layer in layers}
+            step: {
+                layer: scalars[f'{tag}/{layer}'] for layer in layers if f'{tag}/{layer}' in scalars
+            }
             for step, scalars in steps.items()
             if f'{tag}/mean' in scalars
         }

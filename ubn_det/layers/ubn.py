@@ -115,11 +115,11 @@ class UBN(_BatchNorm):
     .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch,
 
     unless s > ``condensation_threshold``, where there is one, or the batch's statistics are not
-    finite. Closed, the
-    running statistics stay as they are to the bit, and ``on_condensed`` says what normalizes the
-    batch. The score is not looked at before ``warmup`` batches have moved the running statistics,
-    nor while ``momentum`` is None; after ``patience`` closed batches in a row one batch is let
-    through whatever its score. The decision is made on the device, without a host synchronisation.
+    finite. Closed, the running statistics stay as they are to the bit, and ``on_condensed`` says
+    what normalizes the batch. The score is not looked at before ``warmup`` batches have moved the
+    running statistics, nor while ``momentum`` is None; after ``patience`` closed batches in a row
+    one batch is let through whatever its score. The decision is made on the device, without a host
+    synchronisation.
 
     Special cases: BN without centering, scaling, threshold; RBN (Gao et al., CVPR 2021) with
     centering and scaling, its ``weight`` halved; BNET-k (Xu et al., arXiv 2011.14150) with
