@@ -4,12 +4,17 @@ MMDetection and its foundations come in two families that are imported under the
 OneDL's and OpenMMLab's. Installing this package must not put one over the other, so it requires
 neither; the extras `onedl` and `openmmlab` name what each family needs. PyTorch is left to the
 user as well: which build is right depends on the machine.
+
+The CPU kernels are compiled against the torch of the environment, so `pip install` needs
+`--no-build-isolation`. Without torch or a C++ compiler the package is installed without them, and
+runs on PyTorch's operators.
 """
 
+import platform
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -23,6 +28,27 @@ def read_version() -> str:
     return found[1]
 
 
+def kernels() -> dict[str, object]:
+    """Return the part of the set-up that compiles the CPU kernels, where torch is at hand."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return {}
+    is_x86 = platform.machine().lower() in ('x86_64', 'amd64')
+    extension: Extension = CppExtension(
+        'ubn_det.ops._cpu',
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('ubn_det/ops/cpu/*.cpp')),
+        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('ubn_det/ops/cpu/*.[hi]*')),
+        extra_compile_args=[
+            # Vectors are passed between inlined functions only.
+            *('-O3', '-std=c++20', '-Wno-psabi', '-Wno-maybe-uninitialized'),
+            f'-DUBN_X86={int(is_x86)}',
+        ],
+        optional=True,
+    )
+    return dict(ext_modules=[extension], cmdclass=dict(build_ext=BuildExtension))
+
+
 setup(
     name='ubn_det',
     version=read_version(),
@@ -31,6 +57,7 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.10',
     packages=find_packages(where=str(ROOT), include=['ubn_det', 'ubn_det.*']),
+    **kernels(),
     install_requires=['numpy'],
     extras_require={
         'onedl': [

@@ -1,0 +1,362 @@
+// The steps of UBN on CPU tensors: checks, allocation, and the kernels' tasks in parallel.
+
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ubn {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+// weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight.
+using Parameters = std::array<Optional, 6>;
+
+// Pairwise products read the batch N - 1 times, the sum of unit vectors reads it once more.
+constexpr int64_t MAX_PAIRWISE = 4;
+
+// A task's part of one sample is at least this long, so that memory is read in runs, ...
+constexpr int64_t RUN_BYTES = 2 << 10;
+// ... unless its part of all samples would not fit the second-level cache.
+constexpr int64_t TASK_BYTES = 1 << 20;
+
+const Tasks& tasks_for(at::ScalarType dtype) {
+  static const TaskTable* const table = [] {
+#if UBN_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+      return &avx512_tasks;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+      return &avx2_tasks;
+#endif
+    return &baseline_tasks;
+  }();
+  switch (dtype) {
+    case at::kFloat:
+      return (*table)[int(Type::float32)];
+    case at::kDouble:
+      return (*table)[int(Type::float64)];
+    case at::kBFloat16:
+      return (*table)[int(Type::bfloat16)];
+    default:
+      return (*table)[int(Type::float16)];
+  }
+}
+
+void run(Task task, const Call& call, int64_t number, int64_t grain, int64_t channels_a_task) {
+  const int64_t bytes = memory_of(call, channels_a_task);
+  const int64_t parts = (number + grain - 1) / grain;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<char> memory;
+    if (int64_t(memory.size()) < bytes + 64) memory.resize(bytes + 64);
+    void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    for (int64_t part = begin; part < end; ++part)
+      task(call, part * grain, std::min(number, (part + 1) * grain), aligned);
+  });
+}
+
+void run_on_channels(Task task, const Call& call, int64_t bytes_a_value) {
+  const int64_t plane = call.height * call.width * bytes_a_value;
+  const int64_t long_enough = (RUN_BYTES + plane - 1) / plane;
+  const int64_t fitting = TASK_BYTES / (plane * call.samples);
+  const int64_t block = std::clamp<int64_t>(std::min(long_enough, fitting), 1, call.channels);
+  run(task, call, call.channels, block, block);
+}
+
+at::ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+const void* pointer(const Optional& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+Call call_of(const Tensor& x, const Parameters& parameters, double eps, double gain) {
+  Call call{};
+  call.samples = x.size(0);
+  call.channels = x.size(1);
+  call.height = x.size(2);
+  call.width = x.size(3);
+  call.x = x.const_data_ptr();
+  const auto& [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight] =
+      parameters;
+  call.kernel = neighbour_weight.has_value() ? neighbour_weight->size(-1) : 1;
+  call.weight = pointer(weight);
+  call.bias = pointer(bias);
+  call.center_weight = pointer(center_weight);
+  call.scale_weight = pointer(scale_weight);
+  call.scale_bias = pointer(scale_bias);
+  call.neighbour_weight = pointer(neighbour_weight);
+  call.eps = eps;
+  call.gain = gain;
+  for (const auto& parameter : parameters)
+    TORCH_INTERNAL_ASSERT(
+        !parameter.has_value() ||
+        (parameter->is_contiguous() && parameter->scalar_type() == accumulate_type(x)));
+  return call;
+}
+
+Tensor new_sums(const Tensor& x, at::IntArrayRef sizes) {
+  return at::empty(sizes, x.options().dtype(accumulate_type(x)).memory_format(at::MemoryFormat::Contiguous));
+}
+
+int kernel_index(const Call& call) { return call.kernel / 2; }
+
+// Fills the last three numbers of summary.
+template <class A>
+void write_counts(A* numbers, double count, double pair_sum, double num_pairs) {
+  numbers[0] = static_cast<A>(count);
+  numbers[1] = static_cast<A>(pair_sum);
+  numbers[2] = static_cast<A>(num_pairs);
+}
+
+// Runs what leaves m and the statistics, and returns m and summary. What the score is made of is
+// taken on the way.
+std::tuple<Tensor, Tensor> describe(Task task, Call& call, const Tensor& x, bool is_scored) {
+  const int64_t num = call.samples, channels = call.channels;
+  Tensor m = new_sums(x, {num, channels});
+  Tensor summary = new_sums(x, {2 * channels + 3});
+  call.m = m.data_ptr();
+  call.mean = summary.data_ptr();
+  call.var = static_cast<char*>(summary.data_ptr()) + channels * summary.element_size();
+  is_scored = is_scored && num > 1;
+  std::vector<double> square_norms(is_scored ? num * channels : 0);
+  std::vector<double> products;
+  if (is_scored) {
+    call.square_norms = square_norms.data();
+    if (num <= MAX_PAIRWISE) {
+      call.pairs = num * (num - 1) / 2;
+      products.resize(channels * call.pairs);
+      call.products = products.data();
+    }
+  }
+  run_on_channels(task, call, x.element_size());
+
+  double pair_sum = 0;
+  if (is_scored) {
+    std::vector<double> inverse_norms(num);
+    int64_t nonzero = 0;
+    for (int64_t n = 0; n < num; ++n) {
+      double square = 0;
+      for (int64_t c = 0; c < channels; ++c) square += square_norms[n * channels + c];
+      inverse_norms[n] = square == 0 ? 0 : 1 / std::sqrt(square);
+      nonzero += square != 0;
+    }
+    if (call.products) {
+      int64_t pair = 0;
+      for (int64_t i = 0; i < num; ++i)
+        for (int64_t j = i + 1; j < num; ++j, ++pair) {
+          double product = 0;
+          for (int64_t c = 0; c < channels; ++c) product += products[c * call.pairs + pair];
+          pair_sum += 2 * product * inverse_norms[i] * inverse_norms[j];
+        }
+    } else {
+      std::vector<double> squares(channels);
+      call.inverse_norms = inverse_norms.data();
+      call.squares = squares.data();
+      run_on_channels(tasks_for(x.scalar_type()).weigh_samples, call, x.element_size());
+      for (const double square : squares) pair_sum += square;
+      pair_sum -= nonzero;
+    }
+  }
+  const double count = double(num) * call.height * call.width;
+  const double num_pairs = is_scored ? double(num) * (num - 1) : 0;
+  if (summary.scalar_type() == at::kDouble) {
+    write_counts(summary.data_ptr<double>() + 2 * channels, count, pair_sum, num_pairs);
+  } else {
+    write_counts(summary.data_ptr<float>() + 2 * channels, count, pair_sum, num_pairs);
+  }
+  return {m, summary};
+}
+
+std::tuple<Tensor, Tensor> moments(
+    const Tensor& x, const Optional& center_weight, double gain, bool is_scored) {
+  Call call = call_of(x, {std::nullopt, std::nullopt, center_weight}, 0, gain);
+  return describe(tasks_for(x.scalar_type()).moments, call, x, is_scored);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Parameters& parameters, double eps, double gain, bool is_scored) {
+  Call call = call_of(x, parameters, eps, gain);
+  Tensor y = at::empty_like(x);
+  call.y = y.data_ptr();
+  auto [m, summary] =
+      describe(tasks_for(x.scalar_type()).forward[kernel_index(call)], call, x, is_scored);
+  return {y, m, summary};
+}
+
+void set_statistics(Call& call, const Tensor& mean, const Tensor& var) {
+  call.mean = mean.data_ptr();
+  call.var = var.data_ptr();
+}
+
+Tensor normalize(
+    const Tensor& x,
+    const Tensor& m,
+    const Tensor& mean,
+    const Tensor& var,
+    const Parameters& parameters,
+    double eps,
+    double gain) {
+  Call call = call_of(x, parameters, eps, gain);
+  set_statistics(call, mean, var);
+  Tensor y = at::empty_like(x);
+  call.m = m.data_ptr();
+  call.y = y.data_ptr();
+  run_on_channels(
+      tasks_for(x.scalar_type()).normalize[kernel_index(call)], call, x.element_size());
+  return y;
+}
+
+Tensor evaluate(
+    const Tensor& x,
+    const Tensor& mean,
+    const Tensor& var,
+    const Parameters& parameters,
+    double eps,
+    double gain) {
+  Call call = call_of(x, parameters, eps, gain);
+  set_statistics(call, mean, var);
+  Tensor y = at::empty_like(x);
+  call.y = y.data_ptr();
+  const int64_t plane = call.height * call.width * x.element_size();
+  const int64_t grain = std::max<int64_t>(1, (32 << 10) / plane);
+  run(tasks_for(x.scalar_type()).evaluate[kernel_index(call)],
+      call,
+      call.samples * call.channels,
+      grain,
+      1);
+  return y;
+}
+
+// What the backward pass returns: gradients of the parameters, in their order.
+using Gradients = std::array<Optional, 6>;
+
+Gradients new_gradients(const Parameters& parameters, Call& call) {
+  Gradients gradients;
+  void** const places[] = {
+      &call.d_weight,
+      &call.d_bias,
+      &call.d_center_weight,
+      &call.d_scale_weight,
+      &call.d_scale_bias,
+      &call.d_neighbour_weight};
+  for (size_t i = 0; i < parameters.size(); ++i)
+    if (parameters[i].has_value()) {
+      gradients[i] = at::empty_like(*parameters[i]);
+      *places[i] = gradients[i]->data_ptr();
+    }
+  return gradients;
+}
+
+// m, given or taken again, and the sums of every plane.
+std::tuple<Tensor, Tensor, Tensor> set_backward(
+    Call& call, const Tensor& dy, const Tensor& x, const Optional& m) {
+  Tensor kept = m.has_value() ? *m : new_sums(x, {call.samples, call.channels});
+  Tensor sums = new_sums(x, {2, call.samples, call.channels});
+  Tensor d_statistics = new_sums(x, {2, call.channels});
+  call.dy = dy.const_data_ptr();
+  call.m = kept.data_ptr();
+  call.m_is_known = m.has_value();
+  call.sums = sums.data_ptr();
+  call.d_statistics = d_statistics.data_ptr();
+  return {kept, sums, d_statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Gradients> reduce(
+    const Tensor& dy,
+    const Tensor& x,
+    const Optional& m,
+    const Tensor& mean,
+    const Tensor& var,
+    const Parameters& parameters,
+    double eps,
+    double gain) {
+  Call call = call_of(x, parameters, eps, gain);
+  set_statistics(call, mean, var);
+  auto [kept, sums, d_statistics] = set_backward(call, dy, x, m);
+  Gradients gradients = new_gradients(parameters, call);
+  run_on_channels(
+      tasks_for(x.scalar_type()).reduce[kernel_index(call)], call, 2 * x.element_size());
+  return {kept, sums, d_statistics, gradients};
+}
+
+std::tuple<Tensor, Optional> input_gradient(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& m,
+    const Tensor& mean,
+    const Tensor& var,
+    const Parameters& parameters,
+    const Tensor& sums,
+    const Optional& d_statistics,
+    double share,
+    double eps,
+    double gain) {
+  Call call = call_of(x, parameters, eps, gain);
+  set_statistics(call, mean, var);
+  call.dy = dy.const_data_ptr();
+  call.m = m.data_ptr();
+  call.m_is_known = true;
+  call.sums = sums.data_ptr();
+  call.has_d_statistics = d_statistics.has_value();
+  if (d_statistics.has_value()) call.d_statistics = d_statistics->data_ptr();
+  call.share = share;
+  Tensor dx = at::empty_like(x);
+  call.dx = dx.data_ptr();
+  Optional d_center_weight;
+  if (parameters[2].has_value()) {
+    d_center_weight = at::empty_like(*parameters[2]);
+    call.d_center_weight = d_center_weight->data_ptr();
+  }
+  run_on_channels(
+      tasks_for(x.scalar_type()).input_gradient[kernel_index(call)], call, 2 * x.element_size());
+  return {dx, d_center_weight};
+}
+
+std::tuple<Tensor, Gradients> backward(
+    const Tensor& dy,
+    const Tensor& x,
+    const Optional& m,
+    const Tensor& mean,
+    const Tensor& var,
+    const Parameters& parameters,
+    bool has_batch_statistics,
+    double eps,
+    double gain) {
+  Call call = call_of(x, parameters, eps, gain);
+  set_statistics(call, mean, var);
+  auto [kept, sums, d_statistics] = set_backward(call, dy, x, m);
+  Gradients gradients = new_gradients(parameters, call);
+  call.has_d_statistics = has_batch_statistics;
+  call.share = 1 / (double(call.samples) * call.height * call.width);
+  Tensor dx = at::empty_like(x);
+  call.dx = dx.data_ptr();
+  run_on_channels(
+      tasks_for(x.scalar_type()).backward[kernel_index(call)], call, 2 * x.element_size());
+  return {dx, gradients};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using Guard = py::call_guard<py::gil_scoped_release>;
+  module.def("moments", &moments, Guard());
+  module.def("forward", &forward, Guard());
+  module.def("normalize", &normalize, Guard());
+  module.def("evaluate", &evaluate, Guard());
+  module.def("reduce", &reduce, Guard());
+  module.def("input_gradient", &input_gradient, Guard());
+  module.def("backward", &backward, Guard());
+}
+
+}  // namespace ubn

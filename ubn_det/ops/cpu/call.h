@@ -1,0 +1,42 @@
+// What the kernels are given: one struct, whose fields each kernel reads or writes as it says.
+#pragma once
+
+#include <cstdint>
+
+namespace ubn {
+
+// T is the type of the features; A, float or double, that of all else.
+struct Call {
+  // Shape of the features, (N, C, H, W), and size k of the neighbourhood, 1 for none.
+  int64_t samples, channels, height, width;
+  int kernel;
+
+  // Features. Null where a kernel does not touch them.
+  const void* x;
+  const void* dy;
+  void* y;   // T, output of the forward
+  void* dx;  // T, output of the backward
+
+  // Parameters, A, (C,) and (C, 1, k, k); null for none. The rectifiers count `gain` times.
+  const void *weight, *bias, *center_weight, *scale_weight, *scale_bias, *neighbour_weight;
+  double eps, gain;
+
+  // Statistics, A: m (N, C), and mean and var (C,).
+  void *m, *mean, *var;
+  bool m_is_known;  // in the backward; else it is taken again
+
+  // Condensation score. Null or 0 where there is none.
+  double* square_norms;  // (N, C): sum of x^2 over each plane
+  double* products;      // (C, N (N - 1) / 2): sum of x_i x_j over each channel, i < j
+  int64_t pairs;
+  const double* inverse_norms;  // (N,)
+  double* squares;              // (C,): sum over a channel of (sum_n x_n inverse_norms[n])^2
+
+  // Backward, A: sums (2, N, C) of dh and of dh (x - m); d_statistics (2, C).
+  void *sums, *d_statistics;
+  double share;           // one over the number of values in a channel's statistics
+  bool has_d_statistics;  // false where statistics are constants
+  void *d_weight, *d_bias, *d_center_weight, *d_scale_weight, *d_scale_bias, *d_neighbour_weight;
+};
+
+}  // namespace ubn

@@ -1,0 +1,47 @@
+// The kernels of one instruction set, and how much memory one task of theirs needs.
+#pragma once
+
+#include "call.h"
+
+namespace ubn {
+
+enum class Type { float32, float64, bfloat16, float16 };
+constexpr int NUM_TYPES = 4;
+constexpr int NUM_KERNELS = 3;  // 1, 3 and 5
+
+// A task on the channels [begin, end), or, of evaluate, on the planes. Memory of a task is aligned
+// to 64 bytes and holds anything.
+using Task = void (*)(const Call&, int64_t begin, int64_t end, void* memory);
+
+struct Tasks {
+  Task moments, weigh_samples;
+  Task normalize[NUM_KERNELS], forward[NUM_KERNELS], evaluate[NUM_KERNELS];
+  Task reduce[NUM_KERNELS], input_gradient[NUM_KERNELS], backward[NUM_KERNELS];
+};
+
+// By Type.
+using TaskTable = Tasks[NUM_TYPES];
+
+extern const TaskTable baseline_tasks;
+#if UBN_X86
+extern const TaskTable avx2_tasks;
+extern const TaskTable avx512_tasks;
+#endif
+
+// What a band of rows takes at most where a row is not longer.
+constexpr int64_t BAND_BYTES = 20 << 10;
+
+// Bytes that a task on `channels` channels needs, in any instruction set.
+inline int64_t memory_of(const Call& call, int64_t channels) {
+  const int64_t taps = call.kernel * call.kernel, halo = call.kernel - 1;
+  const int64_t planes = call.samples * channels * 6 * int64_t(sizeof(double));
+  const int64_t parameters = channels * (taps + 16) * int64_t(sizeof(double));
+  const int64_t sums = channels * (taps + 1) * 128;
+  const int64_t row = (call.width + halo + 32) * int64_t(sizeof(double));
+  const int64_t band = BAND_BYTES + (4 + halo) * row;
+  const int64_t weighed = channels * call.height * call.width * int64_t(sizeof(double));
+  const int64_t needed = planes + parameters + sums + band + 8 * 64;
+  return needed > weighed ? needed : weighed;
+}
+
+}  // namespace ubn

@@ -1,0 +1,26 @@
+// The kernels for x86 processors with AVX2, FMA and F16C: 32-byte vectors.
+
+#include "includes.h"
+
+#if UBN_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define UBN_NAMESPACE avx2
+#define UBN_TABLE avx2_tasks
+#define UBN_REGISTER_BYTES 32
+#define UBN_HAS_F16C 1
+#define UBN_HAS_AVX512 0
+
+#include "kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
