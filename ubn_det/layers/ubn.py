@@ -465,10 +465,8 @@ class UBN(_BatchNorm):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        # Belongs to a forward of this very module.
-        state['_kept'] = None
-        return state
+        # What is kept belongs to a forward of this very module.
+        return {**super().__getstate__(), '_kept': None}
 
     def extra_repr(self) -> str:
         """Return the arguments."""
