@@ -92,6 +92,51 @@ def test_other_neighbourhood_raises(layer):
         convert_sync_ubn(model)
 
 
+class Doubled(UBN2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Derived(SyncUBN):
+    pass
+
+
+def with_forward(layer):
+    layer.forward = lambda input: 2 * type(layer).forward(layer, input)
+    return layer
+
+
+def compiled(layer):
+    layer.compile(backend='eager')
+    return layer
+
+
+@pytest.mark.parametrize(
+    ('layer', 'error', 'message'),
+    [
+        (lambda: Doubled(4), TypeError, 'Doubled is a subclass of UBN and may do more'),
+        (lambda: with_forward(UBN(4)), RuntimeError, 'forward of this UBN was replaced'),
+        (lambda: compiled(UBN(4)), RuntimeError, '_compiled_call_impl of this UBN was replaced'),
+    ],
+)
+@pytest.mark.parametrize('nested', [True, False])
+def test_layer_that_would_lose_its_forward_or_keep_the_old_one_raises(
+    layer, error, message, nested
+):
+    layer = layer()
+    model = nn.Sequential(UBN(4), nn.Sequential(layer)) if nested else layer
+    before = [type(module) for module in model.modules()]
+    name = r'1\.0' if nested else r'\(the module itself\)'
+    with pytest.raises(error, match=f'{name}: {message}'):
+        convert_sync_ubn(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_subclass_of_sync_ubn_stays():
+    layer = Derived(4)
+    assert convert_sync_ubn(nn.Sequential(layer))[0] is layer
+
+
 def test_model_is_changed_in_place_and_other_norms_are_kept():
     model = nn.Sequential(
         ConvModule(3, 4, 1, norm_cfg=dict(type='UBN')),
