@@ -19,6 +19,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 USE = """
+import sys
 import ubn_det.layers, ubn_det.ops, ubn_det.engine
 import mmengine.model
 import torch
