@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ubn_det import UBN, SyncUBN, UBN1d, UBN2d, UBN3d, convert_sync_ubn
+from ubn_det.layers.ubn import EXTRA_PARAMETERS
 
 ARGUMENTS = dict(
     eps=1e-3,
@@ -166,7 +167,8 @@ def test_optimizer_goes_on():
     before = copy.deepcopy(model.state_dict())
     model(torch.randn(2, 3, 4, 4)).square().sum().backward()
     optimizer.step()
-    assert not torch.equal(model[1].center_weight, before['1.center_weight'])
+    for extra in EXTRA_PARAMETERS:
+        assert not torch.equal(getattr(model[1], extra), before[f'1.{extra}']), extra
 
 
 def test_layer_that_has_two_names_is_converted_under_both():
