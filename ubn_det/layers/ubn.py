@@ -1,13 +1,10 @@
 """Unified Batch Normalization on one process."""
 
-import functools
 import numbers
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -24,14 +21,9 @@ from ubn_det.ops import (
     unified_batch_norm_training,
 )
 
+from .loading import EXTRA_PARAMETERS, GAIN_VERSION, GATE_BUFFERS, prepare
+
 ON_CONDENSED = ('running', 'freeze')
-EXTRA_PARAMETERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
-GATE_BUFFERS = (
-    'condensation',
-    'num_batches_condensed',
-    'num_batches_readmitted',
-    'consecutive_condensed',
-)
 COUNTERS = ('num_batches_tracked', *GATE_BUFFERS[1:])
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -164,6 +156,7 @@ class UBN(_BatchNorm):
             channels, or a single value per channel in training.
     """
 
+    _version = GAIN_VERSION
     _abbr_ = 'bn'
     _input_dims: tuple[int, ...] = (2, 3, 4, 5)
     _kernel_dims = 2
@@ -459,30 +452,8 @@ class UBN(_BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load all entries, or none of them where one is wrong.
-
-        What a plain BN lacks becomes the identity, so that the result is that BN.
-        """
-        # Known by its keys: metadata does not survive every loader.
-        if prefix + 'running_mean' in state_dict or prefix + 'weight' in state_dict:
-            names = [
-                name
-                for name in EXTRA_PARAMETERS + GATE_BUFFERS
-                if getattr(self, name) is not None and prefix + name not in state_dict
-            ]
-            for name in names:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device='cpu')
-            if names:
-                _log_filled_once(type(self).__name__)
-        is_assigned = local_metadata.get('assign_to_params_buffers', False)
-        errors = list(self._load_errors(state_dict, prefix, is_assigned))
-        if errors:
-            error_msgs.extend(errors)
-            # The base class looks for missing and unexpected keys; it loads what is there already.
-            local_metadata = {**local_metadata, 'assign_to_params_buffers': False}
-            for name, tensor in self._tensors():
-                if prefix + name in state_dict:
-                    state_dict[prefix + name] = tensor.detach().clone()
+        """Load all entries, or none of them where one is wrong: see ``loading``."""
+        local_metadata = prepare(self, state_dict, prefix, local_metadata, error_msgs)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -493,40 +464,9 @@ class UBN(_BatchNorm):
             error_msgs,
         )
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names and values of all parameters and buffers that there are."""
-        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-            if tensor is not None:
-                yield name, tensor
-
-    def _load_errors(
-        self, state_dict: dict[str, Any], prefix: str, is_assigned: bool
-    ) -> Iterator[str]:
-        """Yield what is wrong with the entries of this layer."""
-        for name, own in self._tensors():
-            key = prefix + name
-            if key not in state_dict:
-                continue
-            entry = state_dict[key]
-            if not torch.overrides.is_tensor_like(entry):
-                yield f'{key} must be a Tensor, got {type(entry).__name__}'
-            elif entry.shape != own.shape and not (own.dim() == 0 and entry.shape == (1,)):
-                yield (
-                    f'size mismatch for {key}: it has shape {tuple(entry.shape)}, the layer '
-                    f'{tuple(own.shape)}'
-                )
-            elif entry.layout is not torch.strided:
-                yield f'{key} must be dense, got {entry.layout}'
-            elif entry.is_meta and not (own.is_meta or is_assigned):
-                yield f'{key} is on the meta device and has no values'
-            elif not (_is_count if name in COUNTERS else _is_floating)(entry, is_assigned):
-                yield f'{key} must be {own.dtype}, got {entry.dtype} that it cannot be made of'
-
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        # Belongs to a forward of this very module.
-        state['_kept'] = None
-        return state
+        # What is kept belongs to a forward of this very module.
+        return {**super().__getstate__(), '_kept': None}
 
     def extra_repr(self) -> str:
         """Return the arguments."""
@@ -565,15 +505,6 @@ class UBN3d(UBN):
     _default_kernel = 1
 
 
-@functools.cache
-def _log_filled_once(name: str) -> None:
-    print_log(
-        f'Loaded weights of plain BN into {name}: its rectifiers and counters start at 0, so '
-        'that it equals that BN.',
-        logger='current',
-    )
-
-
 def _is_exporting() -> bool:
     """Whether the forward makes a graph that has to run without this package."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
@@ -609,24 +540,6 @@ def _memory_format(x: Tensor) -> torch.memory_format | None:
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     is_so = channels_last and torch._prims_common.suggest_memory_format(x) == channels_last
     return channels_last if is_so else None
-
-
-def _is_floating(entry: Tensor, is_assigned: bool) -> bool:
-    """Whether a parameter or a statistic can be made of ``entry``."""
-    return entry.dtype in DTYPES
-
-
-def _is_count(entry: Tensor, is_assigned: bool) -> bool:
-    """Whether a counter can be made of ``entry``.
-
-    It may be a float, as in a checkpoint that was cast as a whole, and have a fraction, as
-    mmdet's SyncNormHook loads the mean over ranks.
-    """
-    if is_assigned:
-        return entry.dtype == torch.long
-    if entry.dtype in DTYPES:
-        return bool(entry.abs() < 2**63)
-    return entry.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
