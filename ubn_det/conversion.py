@@ -25,7 +25,7 @@ _KEPT = ('num_features', 'eps', 'momentum', 'affine', 'track_running_stats', 'de
 # Attributes that one class has and the other gives another meaning or lacks.
 _OWN_ATTRIBUTES = {
     *(name for name in inspect.signature(UBN).parameters if name not in _KEPT),
-    *('_kept', '_group', 'process_group', 'group', 'group_size', 'stats_mode'),
+    *('_group', 'process_group', 'group', 'group_size', 'stats_mode'),
 }
 # What a subclass may define and still be the class it derives from. Who overrides the check of
 # the input takes other dimensions.

@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from .conversion import find_kind, is_bn
 from .layers import UBN
+from .layers.ubn import RECTIFIER_GAIN
+from .ops import Parameters
+from .ops.reference import apply_gain
 
 # Convolutions whose output is linear in their weight and bias, whatever their forward does to the
 # input before: by their qualified names, as not all of their packages are there.
@@ -415,7 +418,10 @@ def _undone(model: nn.Module) -> Iterator[None]:
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> tuple[nn.Module, str]:
     """Fold a norm into a convolution; return what takes the norm's place, and a note on it."""
-    rectifiers = norm.rectifiers() if isinstance(norm, UBN) else {}
+    rectifiers: dict[str, Tensor | None] = {}
+    if isinstance(norm, UBN):
+        parameters = Parameters(*(getattr(norm, name) for name in Parameters._fields))
+        rectifiers = apply_gain(parameters, RECTIFIER_GAIN, torch.float64)._asdict()
     kernel = rectifiers.get('neighbour_weight')
     has_kernel = kernel is not None and bool(kernel.any())
     scale = (norm.running_var.double() + norm.eps).rsqrt()
