@@ -142,9 +142,9 @@ class UBN(_BatchNorm):
             )
         elif on_condensed is not None:
             raise ValueError(
-                f'on_condensed={on_condensed!r} was removed: a batch is always normalized by its own '
-                'statistics, and a closed gate leaves the running ones as they are. Leave the '
-                'argument out'
+                f'on_condensed={on_condensed!r} was removed: a batch is always normalized by its '
+                'own statistics, and a closed gate leaves the running ones as they are. Leave '
+                'the argument out'
             )
         warmup = _integer('warmup', warmup, 0)
         patience = _integer('patience', patience, 1)

@@ -1,8 +1,8 @@
-"""The gate: whether a batch moves the running statistics. How it is normalized never depends on it.
+"""The gate: whether a batch moves the running statistics. It is normalized the same in any case.
 
-A batch is closed out if its statistics are not finite, or if its samples are condensed: its score,
-the mean cosine similarity over pairs of samples, is over the threshold. Everything stays on the
-device: nothing waits for it.
+The gate is closed if the batch's statistics are not finite, or if its samples are condensed: if
+its score, the mean cosine similarity over pairs of samples, is over the threshold. Everything
+stays on the device: nothing waits for it.
 """
 
 from typing import NamedTuple
@@ -42,8 +42,8 @@ def update(buffers: Buffers, summary: Tensor, rule: Rule) -> None:
     """
     mean, var = summary[:-3].chunk(2)
     count, pair_sum, num_pairs = summary[-3:].unbind()
-    # One sum instead of a test per value: a NaN or an infinity in any channel survives it. Over all
-    # ranks there may be no value, or a single one, which has no variance.
+    # One sum instead of a test per value: a NaN or an infinity in any channel survives it. All
+    # ranks together may have no value, or a single one, which has no variance.
     opened = torch.isfinite(mean.sum() + var.sum()) & (count > 1)
     if rule.condensation_threshold is not None:
         # Rounding may lift the score of equal samples over 1.

@@ -106,7 +106,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradient of x, empty without ``has_input_gradient``, then those of parameters.
 
-    ``count`` is the number of values per channel in the statistics; None where these are constants.
+    ``count`` is the number of values per channel in the statistics, None where they are constants.
     """
     kernels = dispatch.kernels_of(x)
     is_empty, is_batch = x.numel() == 0, count is not None
@@ -144,9 +144,17 @@ def _fake_backward(
     var: Tensor,
     count: Tensor | None,
     parameters: list[Tensor | None],
-    *rest: Any,
+    eps: float,
+    gain: float,
+    has_input_gradient: bool,
+    group: str | None,
 ) -> list[Tensor]:
-    has_input_gradient = rest[2] if rest else True
+    return _empty_gradients(x, parameters, has_input_gradient)
+
+
+def _empty_gradients(
+    x: Tensor, parameters: list[Tensor | None], has_input_gradient: bool
+) -> list[Tensor]:
     dx = torch.empty_like(x) if has_input_gradient else x.new_empty(0)
     return [dx, *(torch.empty_like(p) for p in parameters if p is not None)]
 

@@ -16,7 +16,7 @@ from .collectives import combine, gather, share_statistics
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
-# Pairwise products read the batch N - 1 times, the sum of unit vectors reads it once and writes one.
+# Pairwise products read the batch N - 1 times, the sum of unit vectors reads it once.
 _MAX_PAIRWISE = 4
 
 

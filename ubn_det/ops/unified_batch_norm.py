@@ -45,8 +45,8 @@ def train(
             ranks; None for this process alone.
 
     Returns:
-        tuple[Tensor, Tensor]: y, of the shape, type and memory format of ``x``, differentiable; and
-        summary of the batch over all ranks, as ``describe`` returns it.
+        tuple[Tensor, Tensor]: y, of the shape, type and memory format of ``x``, differentiable;
+        and the summary of the batch over all ranks, as ``describe`` returns it.
 
     Raises:
         ValueError: There is a single value per channel, so that no variance is defined.
@@ -125,10 +125,10 @@ def _prepare(x: Tensor, parameters: Parameters) -> tuple[Tensor, ModuleType]:
         x = x.contiguous(memory_format=dispatch.memory_format_of(x))
         if x.dim() > 4:
             x = x.flatten(2, -2)
-    # A map of height 1 where the neighbourhood, or the kernels, have more dimensions.
-    num_dims = (
-        4 if has_kernels else x.dim() if neighbour_weight is None else neighbour_weight.dim()
-    )
+    num_dims = 4 if has_kernels else 0
+    if neighbour_weight is not None:
+        num_dims = neighbour_weight.dim()
     while x.dim() < num_dims:
+        # A map of height 1.
         x = x.unsqueeze(2)
     return x, operators if has_kernels else reference
