@@ -19,8 +19,8 @@ _SIZES = (1, 3, 5)
 
 def has_kernels(x: Tensor, parameters: Parameters) -> bool:
     """Whether kernels, and not PyTorch's operators, serve these features and neighbourhood."""
-    # A graph that is traced has to run without this package, and a transform of torch.func may want
-    # derivatives of any kind.
+    # A graph that is traced has to run without this package, and a transform of torch.func may
+    # want derivatives of any kind.
     is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if is_traced or torch._C._are_functorch_transforms_active():
         return False
@@ -61,8 +61,8 @@ def say_what_is_missing() -> None:
     """Log once that kernels are missing, and what that costs."""
     if _WHY_NO_CPU_KERNELS:
         print_log(
-            f"UBN runs on PyTorch's operators on CPU, about five times slower: its kernels cannot be "
-            f'loaded ({_WHY_NO_CPU_KERNELS}). With a C++ compiler, `pip install '
+            "UBN runs on PyTorch's operators on CPU, about five times slower: its kernels cannot "
+            f'be loaded ({_WHY_NO_CPU_KERNELS}). With a C++ compiler, `pip install '
             '--no-build-isolation` builds them',
             logger='current',
         )

@@ -117,9 +117,7 @@ def _backward(
         return [dx, *(g for g in gradients if g is not None)]
 
     if is_empty:
-        dx, *gradients = (
-            t.zero_() for t in _fake_backward(dy, x, m, mean, var, count, parameters)
-        )
+        dx, *gradients = (t.zero_() for t in _empty_gradients(x, parameters, True))
         d_statistics = mean.new_zeros(2, len(mean))
     else:
         m, sums, d_statistics, gradients = kernels.reduce(
