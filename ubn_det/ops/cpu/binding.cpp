@@ -25,7 +25,7 @@ constexpr int64_t MAX_PAIRWISE = 4;
 // A task's part of one sample is at least this long, so that memory is read in runs, ...
 constexpr int64_t RUN_BYTES = 2 << 10;
 // ... unless its part of all samples would not fit the second-level cache.
-constexpr int64_t TASK_BYTES = 1 << 20;
+constexpr int64_t TASK_BYTES = 8 << 20;
 
 const Tasks& tasks_for(at::ScalarType dtype) {
   static const TaskTable* const table = [] {
