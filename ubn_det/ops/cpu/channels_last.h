@@ -35,7 +35,7 @@ class ChannelsLastSteps {
     units_ = call.samples * cut.bands;
     cut.groups = std::clamp<int64_t>(cover(LAST_PARTS, cut.blocks), 1, std::max<int64_t>(units_, 1));
     const int64_t bytes = cover(call.channels, cut.blocks) * element_size_;
-    cut.columns = std::max<int64_t>(16, LAST_WALK_BYTES / std::max<int64_t>(bytes, 1));
+    cut.columns = std::max<int64_t>(16, LAST_WALK_BYTES / std::max<int64_t>(bytes, 1) / 4 * 4);
   }
 
   // m, and v, mean and var where they are asked for.
