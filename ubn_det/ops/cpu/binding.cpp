@@ -1,6 +1,5 @@
 // The steps of UBN on CPU tensors: checks, allocation, and the kernels' tasks in parallel.
 
-#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
 #include <array>
@@ -9,7 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "channels_last.h"
+#include "run.h"
 
 namespace ubn {
 namespace {
@@ -27,49 +27,19 @@ constexpr int64_t RUN_BYTES = 2 << 10;
 // ... unless its part of all samples would not fit the second-level cache.
 constexpr int64_t TASK_BYTES = 8 << 20;
 
-const Tasks& tasks_for(at::ScalarType dtype) {
-  static const TaskTable* const table = [] {
-#if UBN_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-      return &avx512_tasks;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-      return &avx2_tasks;
-#endif
-    return &baseline_tasks;
-  }();
-  switch (dtype) {
-    case at::kFloat:
-      return (*table)[int(Type::float32)];
-    case at::kDouble:
-      return (*table)[int(Type::float64)];
-    case at::kBFloat16:
-      return (*table)[int(Type::bfloat16)];
-    default:
-      return (*table)[int(Type::float16)];
-  }
-}
-
-void run(Task task, const Call& call, int64_t number, int64_t grain, int64_t channels_a_task) {
-  const int64_t bytes = memory_of(call, channels_a_task);
-  const int64_t parts = (number + grain - 1) / grain;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<char> memory;
-    if (int64_t(memory.size()) < bytes + 64) memory.resize(bytes + 64);
-    void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    for (int64_t part = begin; part < end; ++part)
-      task(call, part * grain, std::min(number, (part + 1) * grain), aligned);
-  });
-}
-
 void run_on_channels(Task task, const Call& call, int64_t bytes_a_value) {
   const int64_t plane = call.height * call.width * bytes_a_value;
   const int64_t long_enough = (RUN_BYTES + plane - 1) / plane;
   const int64_t fitting = TASK_BYTES / (plane * call.samples);
   const int64_t block = std::clamp<int64_t>(std::min(long_enough, fitting), 1, call.channels);
-  run(task, call, call.channels, block, block);
+  run(task, call, call.channels, block, memory_of(call, block));
+}
+
+const Tasks& tasks_for(const Tensor& x) { return tasks().first[type_index(x.scalar_type())]; }
+
+// Whether features are in channels last. What is both is taken for contiguous.
+bool is_last(const Tensor& x) {
+  return !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 at::ScalarType accumulate_type(const Tensor& x) {
@@ -92,6 +62,8 @@ const void* pointer(const Optional& tensor) {
 }
 
 Call call_of(const Tensor& x, const Parameters& parameters, double eps, double gain) {
+  TORCH_CHECK(
+      x.is_contiguous() || is_last(x), "UBN: the input has to be contiguous or in channels last");
   Call call{};
   call.samples = x.size(0);
   call.channels = x.size(1);
@@ -120,6 +92,22 @@ Tensor new_sums(const Tensor& x, at::IntArrayRef sizes) {
 
 int kernel_index(const Call& call) { return call.kernel / 2; }
 
+// The same features in channels last, read as contiguous ones: each pixel a channel, whose plane
+// is what its channels are.
+Call as_pixels(Call call) {
+  const int64_t pixels = call.height * call.width;
+  call.height = 1;
+  call.width = call.channels;
+  call.channels = pixels;
+  return call;
+}
+
+// How many numbers make up the product of two samples.
+int64_t product_rows(const Call& call, const Tensor& x) {
+  const int64_t size = call.channels * call.height * call.width;
+  return is_last(x) ? (size + LAST_CHUNK - 1) / LAST_CHUNK : call.channels;
+}
+
 // Fills the last three numbers of summary.
 template <class A>
 void write_counts(A* numbers, double count, double pair_sum, double num_pairs) {
@@ -128,9 +116,9 @@ void write_counts(A* numbers, double count, double pair_sum, double num_pairs) {
   numbers[2] = static_cast<A>(num_pairs);
 }
 
-// Runs what leaves m and the statistics, and returns m and summary. What the score is made of is
-// taken on the way.
-std::tuple<Tensor, Tensor> describe(Task task, Call& call, const Tensor& x, bool is_scored) {
+// Takes m and the statistics and, where call has room for it, y; returns m and summary. What the
+// score is made of is taken on the way.
+std::tuple<Tensor, Tensor> describe(Call& call, const Tensor& x, bool is_scored) {
   const int64_t num = call.samples, channels = call.channels;
   Tensor m = new_sums(x, {num, channels});
   Tensor summary = new_sums(x, {2 * channels + 3});
@@ -144,11 +132,20 @@ std::tuple<Tensor, Tensor> describe(Task task, Call& call, const Tensor& x, bool
     call.square_norms = square_norms.data();
     if (num <= MAX_PAIRWISE) {
       call.pairs = num * (num - 1) / 2;
-      products.resize(channels * call.pairs);
+      products.resize(product_rows(call, x) * call.pairs);
       call.products = products.data();
     }
   }
-  run_on_channels(task, call, x.element_size());
+  if (is_last(x)) {
+    ChannelsLastSteps steps(call, x.scalar_type());
+    steps.moments(true);
+    if (call.products) steps.multiply_samples();
+    if (call.y) steps.normalize();
+  } else {
+    const Tasks& tasks = tasks_for(x);
+    run_on_channels(
+        call.y ? tasks.forward[kernel_index(call)] : tasks.moments, call, x.element_size());
+  }
 
   double pair_sum = 0;
   if (is_scored) {
@@ -165,14 +162,15 @@ std::tuple<Tensor, Tensor> describe(Task task, Call& call, const Tensor& x, bool
       for (int64_t i = 0; i < num; ++i)
         for (int64_t j = i + 1; j < num; ++j, ++pair) {
           double product = 0;
-          for (int64_t c = 0; c < channels; ++c) product += products[c * call.pairs + pair];
+          for (size_t k = pair; k < products.size(); k += call.pairs) product += products[k];
           pair_sum += 2 * product * inverse_norms[i] * inverse_norms[j];
         }
     } else {
-      std::vector<double> squares(channels);
-      call.inverse_norms = inverse_norms.data();
-      call.squares = squares.data();
-      run_on_channels(tasks_for(x.scalar_type()).weigh_samples, call, x.element_size());
+      Call flat = is_last(x) ? as_pixels(call) : call;
+      std::vector<double> squares(flat.channels);
+      flat.inverse_norms = inverse_norms.data();
+      flat.squares = squares.data();
+      run_on_channels(tasks_for(x).weigh_samples, flat, x.element_size());
       for (const double square : squares) pair_sum += square;
       pair_sum -= nonzero;
     }
@@ -190,7 +188,7 @@ std::tuple<Tensor, Tensor> describe(Task task, Call& call, const Tensor& x, bool
 std::tuple<Tensor, Tensor> moments(
     const Tensor& x, const Optional& center_weight, double gain, bool is_scored) {
   Call call = call_of(x, {std::nullopt, std::nullopt, center_weight}, 0, gain);
-  return describe(tasks_for(x.scalar_type()).moments, call, x, is_scored);
+  return describe(call, x, is_scored);
 }
 
 std::tuple<Tensor, Tensor, Tensor> train(
@@ -198,8 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> train(
   Call call = call_of(x, parameters, eps, gain);
   Tensor y = at::empty_like(x);
   call.y = y.data_ptr();
-  auto [m, summary] =
-      describe(tasks_for(x.scalar_type()).forward[kernel_index(call)], call, x, is_scored);
+  auto [m, summary] = describe(call, x, is_scored);
   return {y, m, summary};
 }
 
@@ -223,8 +220,11 @@ Tensor normalize(
   Tensor y = at::empty_like(x);
   call.m = m.data_ptr();
   call.y = y.data_ptr();
-  run_on_channels(
-      tasks_for(x.scalar_type()).normalize[kernel_index(call)], call, x.element_size());
+  if (is_last(x)) {
+    ChannelsLastSteps(call, x.scalar_type()).normalize();
+  } else {
+    run_on_channels(tasks_for(x).normalize[kernel_index(call)], call, x.element_size());
+  }
   return y;
 }
 
@@ -239,13 +239,19 @@ Tensor evaluate(
   set_statistics(call, x, mean, var);
   Tensor y = at::empty_like(x);
   call.y = y.data_ptr();
+  if (is_last(x)) {
+    const Tensor m = new_sums(x, {call.samples, call.channels});
+    call.m = m.data_ptr();
+    ChannelsLastSteps(call, x.scalar_type()).evaluate();
+    return y;
+  }
   const int64_t plane = call.height * call.width * x.element_size();
   const int64_t grain = std::max<int64_t>(1, (32 << 10) / plane);
-  run(tasks_for(x.scalar_type()).evaluate[kernel_index(call)],
+  run(tasks_for(x).evaluate[kernel_index(call)],
       call,
       call.samples * call.channels,
       grain,
-      1);
+      memory_of(call, 1));
   return y;
 }
 
@@ -269,13 +275,21 @@ Gradients new_gradients(const Parameters& parameters, Call& call) {
   return gradients;
 }
 
+void set_output_gradient(Call& call, const Tensor& dy, const Tensor& x) {
+  TORCH_CHECK(
+      dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type() &&
+          (is_last(x) ? is_last(dy) : dy.is_contiguous()),
+      "UBN: the output's gradient has to have the input's shape, type and memory format");
+  call.dy = dy.const_data_ptr();
+}
+
 // m, given or taken again, and the sums of every plane.
 std::tuple<Tensor, Tensor, Tensor> set_backward(
     Call& call, const Tensor& dy, const Tensor& x, const Optional& m) {
   Tensor kept = m.has_value() ? *m : new_sums(x, {call.samples, call.channels});
   Tensor sums = new_sums(x, {2, call.samples, call.channels});
   Tensor d_statistics = new_sums(x, {2, call.channels});
-  call.dy = dy.const_data_ptr();
+  set_output_gradient(call, dy, x);
   call.m = kept.data_ptr();
   call.m_is_known = m.has_value();
   call.sums = sums.data_ptr();
@@ -296,8 +310,11 @@ std::tuple<Tensor, Tensor, Tensor, Gradients> reduce(
   set_statistics(call, x, mean, var);
   auto [kept, sums, d_statistics] = set_backward(call, dy, x, m);
   Gradients gradients = new_gradients(parameters, call);
-  run_on_channels(
-      tasks_for(x.scalar_type()).reduce[kernel_index(call)], call, 2 * x.element_size());
+  if (is_last(x)) {
+    ChannelsLastSteps(call, x.scalar_type()).reduce();
+  } else {
+    run_on_channels(tasks_for(x).reduce[kernel_index(call)], call, 2 * x.element_size());
+  }
   return {kept, sums, d_statistics, gradients};
 }
 
@@ -315,7 +332,7 @@ std::tuple<Tensor, Optional> input_gradient(
     double gain) {
   Call call = call_of(x, parameters, eps, gain);
   set_statistics(call, x, mean, var);
-  call.dy = dy.const_data_ptr();
+  set_output_gradient(call, dy, x);
   call.m = m.data_ptr();
   call.m_is_known = true;
   call.sums = sums.data_ptr();
@@ -329,8 +346,11 @@ std::tuple<Tensor, Optional> input_gradient(
     d_center_weight = at::empty_like(*parameters[2]);
     call.d_center_weight = d_center_weight->data_ptr();
   }
-  run_on_channels(
-      tasks_for(x.scalar_type()).input_gradient[kernel_index(call)], call, 2 * x.element_size());
+  if (is_last(x)) {
+    ChannelsLastSteps(call, x.scalar_type()).input_gradient();
+  } else {
+    run_on_channels(tasks_for(x).input_gradient[kernel_index(call)], call, 2 * x.element_size());
+  }
   return {dx, d_center_weight};
 }
 
@@ -354,8 +374,13 @@ std::tuple<Tensor, Gradients> backward(
   call.share = 1 / (double(call.samples) * call.height * call.width);
   Tensor dx = has_input_gradient ? at::empty_like(x) : at::empty({0}, x.options());
   call.dx = has_input_gradient ? dx.data_ptr() : nullptr;
-  run_on_channels(
-      tasks_for(x.scalar_type()).backward[kernel_index(call)], call, 2 * x.element_size());
+  if (is_last(x)) {
+    ChannelsLastSteps steps(call, x.scalar_type());
+    steps.reduce();
+    steps.input_gradient();
+  } else {
+    run_on_channels(tasks_for(x).backward[kernel_index(call)], call, 2 * x.element_size());
+  }
   return {dx, gradients};
 }
 

@@ -5,6 +5,15 @@
 
 namespace ubn {
 
+// How kernels for channels last cut the work. It depends on shape and type alone, never on the
+// number of threads, and so do all results.
+struct Cut {
+  int64_t blocks;   // of channels
+  int64_t bands;    // of rows, to each sample; a band of one sample is a unit
+  int64_t groups;   // of units, one after another, to whom the sums over the batch are handed
+  int64_t columns;  // a kernel walks at a time
+};
+
 // T is the type of the features; A, float or double, that of all else.
 struct Call {
   // Shape of the features, (N, C, H, W), and size k of the neighbourhood, 1 for none.
@@ -37,6 +46,13 @@ struct Call {
   double share;           // one over the number of values in a channel's statistics
   bool has_d_statistics;  // false where statistics are constants
   void *d_weight, *d_bias, *d_center_weight, *d_scale_weight, *d_scale_bias, *d_neighbour_weight;
+
+  // Channels last: the cut of the work, and what its parts leave for the whole.
+  Cut cut;
+  void* v;              // A, (N, C): variance of each plane; null where it is not asked for
+  double* moments;      // (2, units, C), mean and sum of squared deviations; null for one band
+  double* band_sums;    // (2, units, C), as sums; null for one band
+  double* group_sums;   // (groups, k k + 5, C): of taps and bias, and ChannelGradients
 };
 
 }  // namespace ubn

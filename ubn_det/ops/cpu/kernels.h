@@ -19,14 +19,29 @@ struct Tasks {
   Task reduce[NUM_KERNELS], input_gradient[NUM_KERNELS], backward[NUM_KERNELS];
 };
 
+// The same for channels last, as channels_last.inc has them: some on parts of the work, the others
+// on channels, once all parts are done.
+struct LastTasks {
+  Task moments, merge_bands, statistics, multiply_samples;
+  Task normalize[NUM_KERNELS], evaluate[NUM_KERNELS];
+  Task reduce[NUM_KERNELS], write_gradients[NUM_KERNELS];
+  Task input_gradient[NUM_KERNELS], write_center_gradient[NUM_KERNELS];
+};
+
 // By Type.
-using TaskTable = Tasks[NUM_TYPES];
+struct TaskTable {
+  Tasks first[NUM_TYPES];
+  LastTasks last[NUM_TYPES];
+};
 
 extern const TaskTable baseline_tasks;
 #if UBN_X86
 extern const TaskTable avx2_tasks;
 extern const TaskTable avx512_tasks;
 #endif
+
+// Values of each sample whose products are taken at a time, in channels last.
+constexpr int64_t LAST_CHUNK = 4096;
 
 // What a band of rows takes at most where a row is not longer.
 constexpr int64_t BAND_BYTES = 20 << 10;
