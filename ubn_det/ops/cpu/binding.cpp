@@ -27,19 +27,31 @@ constexpr int64_t RUN_BYTES = 2 << 10;
 // ... unless its part of all samples would not fit the second-level cache.
 constexpr int64_t TASK_BYTES = 8 << 20;
 
+// Whether contiguous features have planes so small that lanes are better channels.
+bool is_small(const Call& call) {
+  return call.height * call.width <= SMALL_PLANE && call.channels >= SMALL_CHANNELS / 2 &&
+      call.kernel < 5;
+}
+
 void run_on_channels(Task task, const Call& call, int64_t bytes_a_value) {
   const int64_t plane = call.height * call.width * bytes_a_value;
   const int64_t long_enough = (RUN_BYTES + plane - 1) / plane;
   const int64_t fitting = TASK_BYTES / (plane * call.samples);
-  const int64_t block = std::clamp<int64_t>(std::min(long_enough, fitting), 1, call.channels);
+  int64_t block = std::clamp<int64_t>(std::min(long_enough, fitting), 1, call.channels);
+  if (is_small(call)) block = SMALL_CHANNELS;
   run(task, call, call.channels, block, memory_of(call, block));
 }
 
-const Tasks& tasks_for(const Tensor& x) { return tasks().first[type_index(x.scalar_type())]; }
+const Tasks& tasks_for(const Call& call, const Tensor& x) {
+  const TaskTable& table = tasks();
+  return (is_small(call) ? table.small : table.first)[type_index(x.scalar_type())];
+}
 
-// Whether features are in channels last. What is both is taken for contiguous.
+// Whether features are in channels last. Maps of one pixel are; all else that is both is taken for
+// contiguous.
 bool is_last(const Tensor& x) {
-  return !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (x.is_contiguous()) return x.size(2) * x.size(3) == 1;
+  return x.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 at::ScalarType accumulate_type(const Tensor& x) {
@@ -142,9 +154,9 @@ std::tuple<Tensor, Tensor> describe(Call& call, const Tensor& x, bool is_scored)
     if (call.products) steps.multiply_samples();
     if (call.y) steps.normalize();
   } else {
-    const Tasks& tasks = tasks_for(x);
+    const Tasks& tasks = tasks_for(call, x);
     run_on_channels(
-        call.y ? tasks.forward[kernel_index(call)] : tasks.moments, call, x.element_size());
+        call.y ? tasks.train[kernel_index(call)] : tasks.moments, call, x.element_size());
   }
 
   double pair_sum = 0;
@@ -170,7 +182,7 @@ std::tuple<Tensor, Tensor> describe(Call& call, const Tensor& x, bool is_scored)
       std::vector<double> squares(flat.channels);
       flat.inverse_norms = inverse_norms.data();
       flat.squares = squares.data();
-      run_on_channels(tasks_for(x).weigh_samples, flat, x.element_size());
+      run_on_channels(tasks().weigh_samples[type_index(x.scalar_type())], flat, x.element_size());
       for (const double square : squares) pair_sum += square;
       pair_sum -= nonzero;
     }
@@ -223,7 +235,7 @@ Tensor normalize(
   if (is_last(x)) {
     ChannelsLastSteps(call, x.scalar_type()).normalize();
   } else {
-    run_on_channels(tasks_for(x).normalize[kernel_index(call)], call, x.element_size());
+    run_on_channels(tasks_for(call, x).normalize[kernel_index(call)], call, x.element_size());
   }
   return y;
 }
@@ -245,13 +257,14 @@ Tensor evaluate(
     ChannelsLastSteps(call, x.scalar_type()).evaluate();
     return y;
   }
-  const int64_t plane = call.height * call.width * x.element_size();
-  const int64_t grain = std::max<int64_t>(1, (32 << 10) / plane);
-  run(tasks_for(x).evaluate[kernel_index(call)],
-      call,
-      call.samples * call.channels,
-      grain,
-      memory_of(call, 1));
+  const Task task = tasks_for(call, x).evaluate[kernel_index(call)];
+  if (is_small(call)) {
+    run_on_channels(task, call, x.element_size());
+  } else {
+    const int64_t plane = call.height * call.width * x.element_size();
+    const int64_t grain = std::max<int64_t>(1, (32 << 10) / plane);
+    run(task, call, call.samples * call.channels, grain, memory_of(call, 1));
+  }
   return y;
 }
 
@@ -313,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Gradients> reduce(
   if (is_last(x)) {
     ChannelsLastSteps(call, x.scalar_type()).reduce();
   } else {
-    run_on_channels(tasks_for(x).reduce[kernel_index(call)], call, 2 * x.element_size());
+    run_on_channels(tasks_for(call, x).reduce[kernel_index(call)], call, 2 * x.element_size());
   }
   return {kept, sums, d_statistics, gradients};
 }
@@ -349,7 +362,7 @@ std::tuple<Tensor, Optional> input_gradient(
   if (is_last(x)) {
     ChannelsLastSteps(call, x.scalar_type()).input_gradient();
   } else {
-    run_on_channels(tasks_for(x).input_gradient[kernel_index(call)], call, 2 * x.element_size());
+    run_on_channels(tasks_for(call, x).input_gradient[kernel_index(call)], call, 2 * x.element_size());
   }
   return {dx, d_center_weight};
 }
@@ -379,7 +392,7 @@ std::tuple<Tensor, Gradients> backward(
     steps.reduce();
     steps.input_gradient();
   } else {
-    run_on_channels(tasks_for(x).backward[kernel_index(call)], call, 2 * x.element_size());
+    run_on_channels(tasks_for(call, x).backward[kernel_index(call)], call, 2 * x.element_size());
   }
   return {dx, gradients};
 }

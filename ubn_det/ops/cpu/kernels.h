@@ -9,13 +9,13 @@ enum class Type { float32, float64, bfloat16, float16 };
 constexpr int NUM_TYPES = 4;
 constexpr int NUM_KERNELS = 3;  // 1, 3 and 5
 
-// A task on the channels [begin, end), or, of evaluate, on the planes. Memory of a task is aligned
-// to 64 bytes and holds anything.
+// A task on the channels [begin, end), or, of evaluate where planes are not small, on the planes.
+// Memory of a task is aligned to 64 bytes and holds anything.
 using Task = void (*)(const Call&, int64_t begin, int64_t end, void* memory);
 
 struct Tasks {
-  Task moments, weigh_samples;
-  Task normalize[NUM_KERNELS], forward[NUM_KERNELS], evaluate[NUM_KERNELS];
+  Task moments;
+  Task normalize[NUM_KERNELS], train[NUM_KERNELS], evaluate[NUM_KERNELS];
   Task reduce[NUM_KERNELS], input_gradient[NUM_KERNELS], backward[NUM_KERNELS];
 };
 
@@ -30,8 +30,9 @@ struct LastTasks {
 
 // By Type.
 struct TaskTable {
-  Tasks first[NUM_TYPES];
+  Tasks first[NUM_TYPES], small[NUM_TYPES];
   LastTasks last[NUM_TYPES];
+  Task weigh_samples[NUM_TYPES];
 };
 
 extern const TaskTable baseline_tasks;
@@ -49,6 +50,10 @@ constexpr int64_t BAND_BYTES = 20 << 10;
 // Larger planes than this the processor reads ahead by itself.
 constexpr int64_t PREFETCHED_BYTES = 2 << 10;
 
+// Planes of no more values have kernels of their own, which take this many channels at a time.
+constexpr int64_t SMALL_PLANE = 256;
+constexpr int64_t SMALL_CHANNELS = 16;
+
 // Bytes that a task on `channels` channels needs, in any instruction set.
 inline int64_t memory_of(const Call& call, int64_t channels) {
   const int64_t taps = call.kernel * call.kernel, halo = call.kernel - 1;
@@ -59,7 +64,10 @@ inline int64_t memory_of(const Call& call, int64_t channels) {
   const int64_t band = BAND_BYTES + (4 + halo) * row;
   const int64_t weighed = channels * call.height * call.width * int64_t(sizeof(double));
   const int64_t needed = planes + parameters + sums + band + 8 * 64;
-  return needed > weighed ? needed : weighed;
+  const int64_t tile = ((call.height + halo) * (call.width + halo) + 8) * 64;
+  const int64_t tiles = call.height * call.width <= SMALL_PLANE ? 3 * tile : 0;
+  const int64_t more = needed > weighed ? needed : weighed;
+  return more > tiles ? more : tiles;
 }
 
 }  // namespace ubn
