@@ -43,9 +43,8 @@ from torch import nn
 
 from ubn_det import UBN, SyncUBN
 
-FOLDER = ROOT / 'configs/ubn'
-ALL = FOLDER / 'mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
-BACKBONE = FOLDER / 'mask-rcnn_r50_fpn_syncubn_1x_coco.py'
+ALL = ROOT / 'configs/coco/mask-rcnn_r50_fpn_syncubn-all_2x_coco.py'
+BACKBONE = ROOT / 'configs/ubn/mask-rcnn_r50_fpn_syncubn_1x_coco.py'
 # Config and depth of the ResNet.
 DETECTORS = {
     'R50, all norms': (ALL, 50),
@@ -1069,7 +1068,7 @@ def subgroup_text(widths: dict[int, int]) -> str:
         f'{number_of(pays_from(widths, SOCKETS))} over TCP, and from there on `SyncGroupHook` '
         'pays:\n\n'
         "    default_hooks = dict(sync_group=dict(type='SyncGroupHook', group_size=8))\n\n"
-        '`configs/ubn/mask-rcnn_r50_fpn_ubn-all-node_2x_coco.py` is a whole config. It has '
+        '`configs/ubn/mask-rcnn_r50_fpn_syncubn-all-node_2x_coco.py` is a whole config. It has '
         "mmengine's SyncBuffersHook as well: running statistics and gates are then those of a "
         'block of ranks, and it averages them before evaluation and saving. Below that number of '
         'ranks statistics over all of them cost little and are those of more samples.'
