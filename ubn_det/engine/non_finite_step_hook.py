@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, is_main_process
-from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.distributed.tensor import DTensor
 
+from .listed_hook import ListedHook
+
 _INFO = 'num_skipped_steps'
 
 
 @HOOKS.register_module()
-class NonFiniteStepHook(Hook):
+class NonFiniteStepHook(ListedHook):
     """Skip optimizer steps whose gradients are not finite; count and log them.
 
     One NaN or infinity in a sample reaches every weight through the gradients, those of all ranks
