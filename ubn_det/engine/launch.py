@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import os
 import zipfile
 from typing import Any
@@ -112,13 +113,15 @@ def check_checkpoint_file(path: str) -> None:
 
 
 def finish() -> None:
-    """Leave the process group at the end of a tool.
+    """Leave the process group at the end of a tool, which holds no Runner any more.
 
-    gloo's threads abort a process that exits without, and the launcher then stops the others.
+    gloo's threads abort a process that exits while they run, and the launcher then calls the job
+    failed. They end with the process group, which the model's wrapper keeps until it is collected.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def prepare(cfg: Config) -> None:
