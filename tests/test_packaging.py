@@ -326,11 +326,23 @@ def test_compile_jobs_fit_cores_and_memory(environ, cores, memory, jobs):
 
 
 def test_long_command_gives_a_sign_of_life_and_keeps_its_output(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(setup_env, 'HEARTBEAT_SECONDS', 0.2)
-    code = 'import time; print("[1/2] c++", flush=True); time.sleep(2)'
-    command = [sys.executable, '-c', code]
+    monkeypatch.setattr(setup_env, 'HEARTBEAT_SECONDS', 0.01)
+    seen = tmp_path / 'seen'
+    code = f"""
+import os, time
+print('[1/2] c++', flush=True)
+while not os.path.exists({str(seen)!r}):
+    time.sleep(0.01)
+"""
+
+    def progress(output):
+        # The command ends when its progress was seen.
+        if found := setup_env.compile_progress(output):
+            seen.touch()
+        return found
+
     log = tmp_path / 'log'
-    setup_env.run_logged(command, log, progress=setup_env.compile_progress)
+    setup_env.run_logged([sys.executable, '-c', code], log, progress=progress)
     assert '[1/2]' in capsys.readouterr().out
     assert log.read_text() == '[1/2] c++\n'
 
