@@ -155,7 +155,8 @@ GOOD = {
     'momentum': lambda value: value is None or is_number(value, 0, 1),
     **{name: (lambda value: isinstance(value, bool)) for name in FLAGS},
     'condensation_threshold': lambda value: value is None or is_number(value, -1, 1),
-    'on_condensed': lambda value: isinstance(value, str) and value in ('running', 'freeze'),
+    # Of the past; every layer does what 'freeze' did.
+    'on_condensed': lambda value: value is None or isinstance(value, str) and value == 'freeze',
     'warmup': lambda value: is_integer(value, 0),
     'patience': lambda value: is_integer(value, 1),
     'affine_kernel': lambda value: value is None or is_integer(value, 1, 999) and value % 2 == 1,
@@ -245,19 +246,15 @@ def assert_close(found, expected, dtypes, what):
 
 def assert_step_equals_reference(layer, x):
     """Compare the output and all gradients of one call with the reference."""
-    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     x = x.detach().requires_grad_()
     y = layer(x)
     assert (y.dtype, y.shape, y.device) == (x.dtype, x.shape, x.device)
     dy = torch.randn(x.shape).to(x.dtype)
     y.backward(dy)
 
-    uses_running = not layer.training
-    if before and layer.training and layer.on_condensed == 'running':
-        uses_running = layer.num_batches_condensed > before['num_batches_condensed']
     constants = ()
-    if before and uses_running:
-        constants = [before[name].double() for name in ('running_mean', 'running_var')]
+    if not layer.training and layer.running_mean is not None:
+        constants = [layer.running_mean.double(), layer.running_var.double()]
     leaves = {'x': x, **dict(layer.named_parameters())}
     values = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     expected, *_ = ubn(values['x'], {**values, 'x': None}, layer.eps, *constants)
@@ -285,7 +282,7 @@ def assert_works(layer, make):
     if any(t.is_meta for t in tensors_of(layer).values()):
         layer.to_empty(device='cpu')
         layer.reset_parameters()
-    kinds = dict(eps=float, momentum=float, condensation_threshold=float, on_condensed=str)
+    kinds = dict(eps=float, momentum=float, condensation_threshold=float)
     kinds.update(num_features=int, warmup=int, patience=int, affine_kernel=int)
     for name, kind in kinds.items():
         assert isinstance(getattr(layer, name), (kind, NoneType))
