@@ -2,8 +2,8 @@
 
 MMDetection and its foundations come in two families that are imported under the same names:
 OneDL's and OpenMMLab's. Installing this package must not put one over the other, so it requires
-neither; the extras `onedl` and `openmmlab` name what each family needs. PyTorch is left to the
-user as well: which build is right depends on the machine.
+neither; the extras `onedl` and `openmmlab` name what each family needs. Which build of PyTorch is
+right depends on the machine: any that is there and new enough is left alone.
 
 The CPU kernels are compiled against the torch of the environment, so `pip install` needs
 `--no-build-isolation`. Without torch or a C++ compiler the package is installed without them, and
@@ -19,12 +19,12 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 
-def read_version() -> str:
-    """Read the version as text: importing the package needs all that it is built on."""
-    text = (ROOT / 'ubn_det' / '__init__.py').read_text(encoding='utf-8')
-    found = re.search(r"^__version__ = '([^']+)'", text, flags=re.MULTILINE)
+def read(file: str, name: str) -> str:
+    """Read a version as text: importing the package needs all that it is built on."""
+    text = (ROOT / 'ubn_det' / file).read_text(encoding='utf-8')
+    found = re.search(rf"^{name} = '([^']+)'", text, flags=re.MULTILINE)
     if not found:
-        raise RuntimeError('ubn_det/__init__.py has no line __version__ = ...')
+        raise RuntimeError(f'ubn_det/{file} has no line {name} = ...')
     return found[1]
 
 
@@ -55,14 +55,14 @@ def kernels() -> dict[str, object]:
 
 setup(
     name='ubn_det',
-    version=read_version(),
+    version=read('__init__.py', '__version__'),
     description='Unified Batch Normalization for MMDetection',
     license='Apache-2.0',
     license_files=['LICENSE'],
     python_requires='>=3.10',
     packages=find_packages(where=str(ROOT), include=['ubn_det', 'ubn_det.*']),
     **kernels(),
-    install_requires=['numpy'],
+    install_requires=['numpy', f'torch>={read("_torch_floor.py", "MINIMUM_TORCH")}'],
     extras_require={
         'onedl': [
             'onedl-mmengine>=0.10.12,<1',

@@ -1,5 +1,9 @@
-"""Hooks by which a training process does to itself what happens to real ones."""
+"""Hooks by which a training process does to itself what happens to real ones.
 
+With SAY_THREADS in the environment it says at its end which threads are left.
+"""
+
+import atexit
 import os
 import resource
 import signal
@@ -7,6 +11,16 @@ from pathlib import Path
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+
+
+def say_threads():
+    """Print the names of the threads that are left, as the system has them."""
+    names = [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]
+    print(f'threads at the end: {" ".join(sorted(names))}', flush=True)
+
+
+if 'SAY_THREADS' in os.environ:
+    atexit.register(say_threads)
 
 
 @HOOKS.register_module()
@@ -30,6 +44,25 @@ class KillHook(Hook):
             model = getattr(runner.model, 'module', runner.model)
             # The backbone has run; head and backward pass are to come.
             model.neck.register_forward_hook(lambda *_: os.kill(os.getpid(), number))
+
+
+@HOOKS.register_module()
+class PauseHook(Hook):
+    """Wait for a signal, so that what a test does to a process meets it at a known place.
+
+    PAUSE_BEFORE of the environment says where, and nothing happens without: 'iteration 4', from 1,
+    or 'evaluation 2', that after 2 iterations.
+    """
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self._pause(f'iteration {runner.iter + 1}')
+
+    def before_val_epoch(self, runner):
+        self._pause(f'evaluation {runner.iter}')
+
+    def _pause(self, place):
+        if os.environ.get('PAUSE_BEFORE') == place:
+            signal.pause()
 
 
 @HOOKS.register_module()

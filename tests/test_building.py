@@ -114,7 +114,7 @@ def test_requires_grad_of_frozen_bases_gives_way():
 def test_sync(norm_cfg, world_size, layer, bn, monkeypatch):
     # On several ranks RTMDet makes SyncBN of whatever BN it has while it is built.
     monkeypatch.setattr(rtmdet, 'get_world_size', lambda: world_size)
-    cfg = make_small(read('rtmdet_tiny_ubn_8xb32-300e_coco')).model
+    cfg = make_small(read('rtmdet_tiny_syncubn_8xb32-300e_coco')).model
     for part in (cfg.backbone, cfg.neck, cfg.bbox_head):
         part.norm_cfg = dict(type=bn)
     cfg.norm_cfg = norm_cfg
@@ -202,7 +202,7 @@ def trained(tmp_path_factory):
     generate_coco(data, num_train=2, num_val=1, side_range=(64, 64))
     work_dir = folder / 'work'
     register_all_modules(init_default_scope=False)
-    cfg = make_config('rtmdet_tiny_ubn_8xb32-300e_coco', data, work_dir)
+    cfg = make_config('rtmdet_tiny_syncubn_8xb32-300e_coco', data, work_dir)
     cfg.dump(folder / 'config.py')
     run_stock_tool('train', folder / 'config.py')
     return work_dir

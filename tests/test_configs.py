@@ -1,5 +1,6 @@
 """Every config builds, has UBN where it says so, and takes a training step."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,10 @@ EXPECTED = {
     'mask-rcnn_r50_fpn_ubn_1x_coco': dict(ubn=R50, frozen=11),
     'mask-rcnn_r101_fpn_ubn_1x_coco': dict(ubn=R101, frozen=11),
     'mask-rcnn_r50_fpn_syncubn_1x_coco': dict(ubn=R50, sync=R50, frozen=11),
-    'mask-rcnn_r50_fpn_ubn-all_2x_coco': dict(
+    'mask-rcnn_r50_fpn_syncubn-all-node_2x_coco': dict(
         ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=11
     ),
-    'mask-rcnn_r50_fpn_ubn-all-node_2x_coco': dict(
-        ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=11
-    ),
-    'mask-rcnn_r50-scratch_fpn_ubn-all_6x_coco': dict(
+    'mask-rcnn_r50-scratch_fpn_syncubn-all_6x_coco': dict(
         ubn=R50 + FPN + 2 * CONVS, sync=R50 + FPN + 2 * CONVS, frozen=0
     ),
     'mask-rcnn_r18-scratch_fpn_ubn_400i_pennfudan': dict(ubn=R18 + FPN + CONVS, frozen=0),
@@ -115,6 +113,47 @@ def test_config_registers_and_checks(path):
     assert cfg.default_hooks.condensation == dict(type='CondensationHook')
     # Those of the base are there still.
     assert cfg.default_hooks.logger.type == 'LoggerHook'
+
+
+def test_config_names_are_unique():
+    """The default work folder is named after the config: two of a name would resume each other."""
+    names = [path.stem for path in ALL_CONFIGS]
+    assert sorted(names) == sorted(set(names))
+
+
+# As a file name has them, and the classes that they promise.
+FAMILY = {'bn': 'BatchNorm2d', 'syncbn': 'SyncBatchNorm', 'ubn': 'UBN', 'syncubn': 'SyncUBN'}
+
+
+def names_of_norms(path):
+    """Return what a file name says of its batch norms; GN is that of some heads."""
+    return {FAMILY[part] for part in path.stem.replace('-', '_').split('_') if part in FAMILY}
+
+
+@pytest.mark.parametrize(
+    'path',
+    [path for path in ALL_CONFIGS if path.parent.name not in (*OTHERS[:2], 'study')],
+    ids=lambda path: path.stem,
+)
+def test_config_name_says_its_norm(path):
+    register_all_modules()
+    cfg = Config.fromfile(path)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    # UBN2d is UBN for maps.
+    found = {type(norm).__name__.removesuffix('2d') for norm in norms}
+    assert found == {name.removesuffix('2d') for name in names_of_norms(path)}
+
+
+@pytest.mark.parametrize(
+    'path',
+    [path for path in ALL_CONFIGS if path.parent.name in OTHERS[:2]],
+    ids=lambda path: path.stem,
+)
+def test_config_name_of_another_framework_says_its_norm(path):
+    found = re.findall(r"\btype='((?:Sync)?U?BN)'", path.read_text())
+    assert set(found) == names_of_norms(path)
 
 
 NORMS = {

@@ -51,8 +51,8 @@ DETECTORS = {
     'solov2_r50_fpn_ubn_1x_coco': R50._replace(others=16),
     'panoptic-fpn_r50_fpn_ubn_1x_coco': R50._replace(others=7),
     'mask2former_r50_ubn_8xb2-lsj-50e_coco': Norms(53, others=45),
-    'rtmdet_tiny_ubn_8xb32-300e_coco': Norms(33, 31, 12, layer='SyncUBN'),
-    'rtmdet-ins_tiny_ubn_8xb32-300e_coco': Norms(33, 31, 16, layer='SyncUBN'),
+    'rtmdet_tiny_syncubn_8xb32-300e_coco': Norms(33, 31, 12, layer='SyncUBN'),
+    'rtmdet-ins_tiny_syncubn_8xb32-300e_coco': Norms(33, 31, 16, layer='SyncUBN'),
     'yolox_s_ubn_8xb8-300e_coco': Norms(35, 27, 12),
 }
 

@@ -326,11 +326,23 @@ def test_compile_jobs_fit_cores_and_memory(environ, cores, memory, jobs):
 
 
 def test_long_command_gives_a_sign_of_life_and_keeps_its_output(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(setup_env, 'HEARTBEAT_SECONDS', 0.2)
-    code = 'import time; print("[1/2] c++", flush=True); time.sleep(2)'
-    command = [sys.executable, '-c', code]
+    monkeypatch.setattr(setup_env, 'HEARTBEAT_SECONDS', 0.01)
+    seen = tmp_path / 'seen'
+    code = f"""
+import os, time
+print('[1/2] c++', flush=True)
+while not os.path.exists({str(seen)!r}):
+    time.sleep(0.01)
+"""
+
+    def progress(output):
+        # The command ends when its progress was seen.
+        if found := setup_env.compile_progress(output):
+            seen.touch()
+        return found
+
     log = tmp_path / 'log'
-    setup_env.run_logged(command, log, progress=setup_env.compile_progress)
+    setup_env.run_logged([sys.executable, '-c', code], log, progress=progress)
     assert '[1/2]' in capsys.readouterr().out
     assert log.read_text() == '[1/2] c++\n'
 
@@ -412,7 +424,51 @@ def distribution():
 
 def test_package_forces_neither_family(distribution):
     required = {re.split(r'[<>=!~ ;]', line)[0] for line in distribution.install_requires}
-    assert required == {'numpy'}
+    assert required == {'numpy', 'torch'}
+
+
+def test_torch_that_is_declared_is_the_one_that_is_checked(distribution):
+    from ubn_det._torch_floor import MINIMUM_TORCH
+
+    assert f'torch>={MINIMUM_TORCH}' in distribution.install_requires
+    (pin,) = (line for line in SECTIONS['wheels'] if line.startswith('torch=='))
+    requirement = pytest.importorskip('packaging.requirements').Requirement(
+        f'torch>={MINIMUM_TORCH}'
+    )
+    assert requirement.specifier.contains(pin.partition('==')[2])
+
+
+@pytest.mark.parametrize(
+    ('version', 'is_refused'),
+    [
+        *(('1.13.1', True), ('2.7.1+cu126', True), ('2.8.0', False), ('2.10.1+cpu', False)),
+        *(('2.8.0a0+gitc0ffee', False), ('2.13.0.dev20261124', False), ('3.0.0', False)),
+    ],
+)
+def test_torch_that_is_too_old_is_refused_in_a_sentence(version, is_refused):
+    from ubn_det._torch_floor import check
+
+    if not is_refused:
+        check(version)
+        return
+    with pytest.raises(ImportError, match=re.escape(f'this is torch {version}: install a newer')):
+        check(version)
+
+
+@pytest.mark.parametrize('name', ['ubn_det', 'ubn_det.layers', 'ubn_det.engine'])
+def test_nothing_fails_before_an_old_torch_is_named(tmp_path, name):
+    """A torch of which nothing is there but its version."""
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch/__init__.py').write_text("__version__ = '2.7.1'")
+    done = subprocess.run(
+        [sys.executable, '-c', f'import sys; sys.path[:0] = [{str(tmp_path)!r}]; import {name}'],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stderr.splitlines()[-1].startswith(
+        'ImportError: ubn_det needs torch 2.8 or newer, and this is torch 2.7.1: install'
+    )
 
 
 def test_extras_name_one_family_each(distribution):

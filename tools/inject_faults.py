@@ -3,7 +3,8 @@
 A small Mask R-CNN with each norm is trained on generated data by two gloo processes on CPU. For a
 few iterations in the middle one rank's sample, or the output of one layer there, is not finite.
 All runs have the same seed, data and NonFiniteStepHook; each faulty run is compared with the clean
-run of its norm. Writes a CSV file and beside it the page with the table.
+run of its norm. Writes a CSV file and beside it the page with its tables; ``--report`` writes the
+page from the rows that there are.
 """
 
 import argparse
@@ -40,8 +41,7 @@ NORMS = ('BN', 'ComposedSyncBN', 'UBN', 'SyncUBN')
 FAULTS = ('none', 'NaN in a sample', 'Inf in a sample', 'NaN at a layer', 'fp16 overflow')
 FAULTY_RANK = 0
 FAULTY_LAYER = 'backbone.layer2'
-# How much higher than those of a clean run the final losses may be to count as recovered, as a
-# share of the clean ones.
+# A loss that is higher than that of a clean run by more than this share of it is in bold.
 MARGIN = 0.1
 
 
@@ -58,6 +58,8 @@ class Outcome(NamedTuple):
         finite_weights (bool): Whether all weights of all ranks are.
         loss (float): Training loss, mean over the last iterations and the ranks.
         eval_loss (float): Loss of held-out images in evaluation mode with rank 0's weights.
+        iters (int): Iterations of the run.
+        torch (str): Version of PyTorch.
     """
 
     norm: str
@@ -69,6 +71,8 @@ class Outcome(NamedTuple):
     finite_weights: bool
     loss: float
     eval_loss: float
+    iters: int
+    torch: str
 
 
 @HOOKS.register_module()
@@ -151,11 +155,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--iters', type=int, default=60, help='iterations of each run')
     parser.add_argument('--norms', nargs='+', choices=NORMS, default=NORMS)
     parser.add_argument('--faults', nargs='+', choices=FAULTS, default=FAULTS)
-    return parser.parse_args()
+    parser.add_argument(
+        '--report', action='store_true', help='write the page of a file that is there'
+    )
+    args = parser.parse_args()
+    if args.report and not args.csv.exists():
+        parser.error(f'{args.csv}: no such file')
+    if 'none' not in args.faults:
+        parser.error("--faults needs 'none' as well: the others are compared with the clean run")
+    return args
 
 
 def main() -> None:
     args = parse_args()
+    if not args.report:
+        write_outcomes(args.csv, measure(args))
+    page = args.csv.with_suffix('.md')
+    page.write_text(make_page(read_outcomes(args.csv)))
+    print(f'Wrote {page}.')
+
+
+def measure(args: argparse.Namespace) -> list[Outcome]:
+    """Do all runs that the command line asks for, in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         generate_coco(Path(folder) / 'data', num_train=64, num_val=8, side_range=(96, 128))
         context = torch.multiprocessing.get_context('spawn')
@@ -166,14 +187,24 @@ def main() -> None:
         torch.multiprocessing.start_processes(
             rank_main, (folder, port, args, queue), nprocs=WORLD_SIZE, start_method='spawn'
         )
-        outcomes = queue.get()
-    with args.csv.open('w', newline='') as file:
+        return queue.get()
+
+
+def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
+    with path.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(Outcome._fields)
         writer.writerows(outcomes)
-    page = args.csv.with_suffix('.md')
-    page.write_text(make_page(outcomes, args))
-    print(f'Wrote {args.csv} and {page}.')
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read what :func:`write_outcomes` wrote."""
+    kinds = {bool: lambda text: text == 'True', int: int, float: float, str: str}
+    with path.open(newline='') as file:
+        return [
+            Outcome(*(kinds[kind](row[name]) for name, kind in Outcome.__annotations__.items()))
+            for row in csv.DictReader(file)
+        ]
 
 
 def rank_main(rank: int, folder: str, port: int, args: argparse.Namespace, queue: Any) -> None:
@@ -234,6 +265,8 @@ def run(folder: str, norm: str, fault: str, amp: bool, num_iters: int) -> Outcom
         finite_weights=bool(finite_weights),
         loss=torch.stack([g[0][2] for g in gathered]).mean().item(),
         eval_loss=evaluation_loss(runner),
+        iters=num_iters,
+        torch=torch.__version__,
     )
 
 
@@ -316,8 +349,16 @@ def evaluation_loss(runner: Runner) -> float:
     return sum(losses) / len(losses)
 
 
-def make_page(outcomes: list[Outcome], args: argparse.Namespace) -> str:
-    """Return the table with what it shows, as Markdown."""
+def make_table(rows: list[list[Any]]) -> str:
+    """Return rows, the first of which is the header, as Markdown."""
+    head, *body = rows
+    return '\n'.join(
+        f'| {" | ".join(map(str, row))} |' for row in [head, ['---'] * len(head), *body]
+    )
+
+
+def make_page(outcomes: list[Outcome]) -> str:
+    """Return the tables of what was measured, as Markdown."""
     clean = {(o.norm, o.amp): o for o in outcomes if o.fault == 'none'}
     rows = []
     for outcome in outcomes:
@@ -349,35 +390,51 @@ def make_page(outcomes: list[Outcome], args: argparse.Namespace) -> str:
         'training loss',
         'evaluation loss',
     ]
-    table = '\n'.join(
-        f'| {" | ".join(map(str, row))} |' for row in [header, ['---'] * len(header), *rows]
-    )
-    begin = args.iters // 3 + 1
+    counts: list[list[Any]] = [
+        [
+            'norm',
+            'runs with a fault',
+            'running statistics',
+            'weights',
+            'training loss',
+            'evaluation loss',
+        ]
+    ]
+    for norm in dict.fromkeys(outcome.norm for outcome in outcomes):
+        faulty = [o for o in outcomes if o.norm == norm and o.fault != 'none']
+        counts.append(
+            [
+                norm,
+                len(faulty),
+                sum(not o.finite_stats for o in faulty),
+                sum(not o.finite_weights for o in faulty),
+                sum(not math.isfinite(o.loss) for o in faulty),
+                sum(not math.isfinite(o.eval_loss) for o in faulty),
+            ]
+        )
+    iters = outcomes[0].iters
+    begin = iters // 3 + 1
     return f"""# Faults put into training
 
-Made by `python tools/inject_faults.py docs/faults.csv` (PyTorch {torch.__version__}, CPU).
+Made by `python tools/inject_faults.py docs/faults.csv` (PyTorch {outcomes[0].torch}, CPU).
 
-A small Mask R-CNN, {args.iters} iterations on generated data by {WORLD_SIZE} processes on gloo,
-4 images each. In iterations {begin} to {begin + 2} rank {FAULTY_RANK}, whose model is the one that
-is saved, has an image with a column of pixels that are not finite, or the output of
+A small Mask R-CNN, {iters} iterations on generated data by {WORLD_SIZE} processes on gloo,
+4 images each, one seed. In iterations {begin} to {begin + 2} rank {FAULTY_RANK}, whose model is
+the one that is saved, has an image with a column of pixels that are not finite, or the output of
 `{FAULTY_LAYER}` is multiplied by NaN there, or by 1e5 where backbone and neck run in float16
 (largest value 65504; under autocast, with `torch.amp.GradScaler`). All norms are trained with
-`NonFiniteStepHook`, which skips the optimizer's step; without it the weights of every norm are NaN
-from the first such step on. SyncBN is composed of operators, since torch's own refuses CPU
-tensors; its formula and its exchange are the same.
+`NonFiniteStepHook`, which skips the optimizer's step. SyncBN is composed of operators, since
+torch's own refuses CPU tensors; its formula and its exchange are the same.
 
 Losses are the mean of the last sixth of the iterations, and of 8 held-out images in evaluation
 mode with rank 0's model. In brackets the difference from the clean run of the same norm; what is
-higher by more than {MARGIN:.0%}, or not finite, is in bold. So short a training says nothing about
-which norm is better, and its evaluation losses are noisy: three steps more or less move them by as
-much as the table shows.
+higher by more than {MARGIN:.0%}, or not finite, is in bold.
 
-{table}
+{make_table([header, *rows])}
 
-BN and SyncBN take what is not finite into their running statistics and never lose it again:
-training goes on with finite losses, and evaluation gives NaN for good. Under SyncBN that is so on
-all ranks; under BN on the faulty one. UBN's gate closes for such a batch, under SyncUBN on all
-ranks alike.
+Of the runs with a fault, those in which at the end something was not finite:
+
+{make_table(counts)}
 """
 
 

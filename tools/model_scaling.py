@@ -43,9 +43,8 @@ from torch import nn
 
 from ubn_det import UBN, SyncUBN
 
-FOLDER = ROOT / 'configs/ubn'
-ALL = FOLDER / 'mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
-BACKBONE = FOLDER / 'mask-rcnn_r50_fpn_syncubn_1x_coco.py'
+ALL = ROOT / 'configs/coco/mask-rcnn_r50_fpn_syncubn-all_2x_coco.py'
+BACKBONE = ROOT / 'configs/ubn/mask-rcnn_r50_fpn_syncubn_1x_coco.py'
 # Config and depth of the ResNet.
 DETECTORS = {
     'R50, all norms': (ALL, 50),
@@ -641,19 +640,16 @@ sizes:
 
 {fits}
 
-The machine has {cores} cores. **With more processes than cores they are oversubscribed**: a step
-waits until the scheduler has let every process run, and alpha, which grows with the number of
-processes, is the scheduler's and not that of a message. So there is one fit for each number of
-processes; the one over all of them is there to show what is lost by it. None says anything about
-another machine. What they do show is the shape: of a step of {step_bytes:,} bytes (C = 256)
-between two processes {latency:.0%} is alpha, and an all_reduce, with twice the steps, took
-{ratio:.1f} times an all_gather (median).
+The machine has {cores} cores. With more processes than cores a step waits until the scheduler has
+let every process run, and alpha is then the scheduler's and not that of a message. So there is one
+fit for each number of processes beside the one over all of them; none says anything about another
+machine. Of a step of {step_bytes:,} bytes (C = 256) between two processes {latency:.0%} is alpha,
+and an all_reduce, with twice the steps, took {ratio:.1f} times an all_gather (median).
 
 {residuals}
 
 As a check of the model on the layer itself: what SyncUBN takes more than UBN, forward and
-backward, on 2 x C x {side} x {side} a rank, against the fitted times of its two collectives. The
-rest is the combining of the rows and, with several processes a core, noise.
+backward, on 2 x C x {side} x {side} a rank, against the fitted times of its two collectives.
 
 {layers}
 
@@ -734,8 +730,6 @@ SyncUBN gathers all the same: sums and sums of squares lose the variance of a ch
 mean in float32, and Chan's formula on gathered rows does not. To reduce without that loss takes
 two all_reduces one after the other (the mean, then the squared deviations from it), twice the
 latency and still logarithmic, or one of moments about the running mean, which all ranks share.
-Where one of them would pay, a sub-group pays more; where the statistics have to be those of all
-ranks, they are the way.
 
 ## Sub-groups
 
@@ -979,7 +973,7 @@ def sync_bn_text(widths: dict[int, int]) -> str:
     for ranks in RANKS:
         times = [iteration_time(widths, 'NCCL', ranks, norm=norm) / 1e3 for norm in VALUES]
         parts.append(f'{times[0]:.2f} against {times[1]:.2f} ms on {ranks:,} ranks')
-    return f'{", ".join(parts)}. Two numbers more in a message are not to be seen.'
+    return f'{", ".join(parts)}.'
 
 
 def combine_table(rows: list[Row]) -> str:
@@ -1031,31 +1025,39 @@ def number_of(ranks: int | None) -> str:
 
 
 def summary(widths: dict[int, int], in_list: bool) -> str:
-    """Return the findings as a list."""
-    share = {
-        (method, ranks): iteration_time(widths, method, ranks) / ITERATION
-        for method in METHODS
+    """Return the main figures as a list."""
+    gathers = {
+        ranks: sum(
+            calls * nccl_ring('all_gather', ranks, NUM_BYTES * VALUES['SyncUBN']['all_gather'](c))
+            for c, calls in widths.items()
+        )
         for ranks in RANKS
     }
+    norms = {
+        norm: {p: iteration_time(widths, 'NCCL', p, norm=norm) for p in RANKS} for norm in VALUES
+    }
+    shares = ', '.join(
+        f'{time / ITERATION:.1%} on {p:,} GPUs ({gathers[p] / time:.0%} of it the all_gather)'
+        for p, time in norms['SyncUBN'].items()
+    )
+    sync_bn = ', '.join(f'{time / ITERATION:.1%}' for time in norms['SyncBN'].values())
+    in_node = iteration_time(widths, 'sub-group', NODE) / ITERATION
     parts = [
-        f'- Norms send little: {MAIN} {sum(widths.values())} messages each way an iteration, '
+        f'- {MAIN}: {sum(widths.values())} messages each way an iteration, '
         f'{sent(widths, "SyncUBN", "all_gather")[1] / 1e3:.0f} kB a rank forward and '
-        f'{sent(widths, "SyncUBN", "all_reduce")[1] / 1e3:.0f} kB backward. What costs is the '
-        'latency, which no computation hides, and its growth with the number of ranks.',
-        '- The collectives of SyncUBN cost what those of `nn.SyncBatchNorm` cost: by the model '
-        f'{share["NCCL", 8]:.1%} of an iteration on 8 GPUs, {share["NCCL", 64]:.1%} on 64, '
-        f'{share["NCCL", 512]:.0%} on 512 and {share["NCCL", 4096]:.0%} on 4,096, from 64 '
-        'ranks on most of it the ring of the all_gather.',
-        f'- Statistics within a node cost {share["sub-group", 8]:.1%} whatever the number of '
-        f'ranks. They pay from **{number_of(pays_from(widths, ETHERNET))} ranks** on, where the '
-        f'collectives over all ranks take more than {PAYS:.0%} of an iteration; over TCP from '
+        f'{sent(widths, "SyncUBN", "all_reduce")[1] / 1e3:.0f} kB backward.',
+        f'- Share of an iteration that the collectives of SyncUBN take by the model: {shares}. '
+        f'Those of `nn.SyncBatchNorm`: {sync_bn}.',
+        f'- Statistics within a node take {in_node:.1%} whatever the number of ranks. Those over '
+        f'all ranks take more than {PAYS:.0%} from '
+        f'**{number_of(pays_from(widths, ETHERNET))} ranks** on; over TCP from '
         f'**{number_of(pays_from(widths, SOCKETS))}**.',
     ]
     if in_list:
         parts.append(
-            '- As it is, SyncUBN has one small copy a rank and layer on NCCL to pay as well, '
-            f'which `nn.SyncBatchNorm` has not: {copies_time(widths, 64) / ITERATION:.1%} of an '
-            'iteration on 64 ranks. With them a sub-group pays from '
+            '- SyncUBN has one small copy a rank and layer on NCCL as well, which '
+            f'`nn.SyncBatchNorm` has not: {copies_time(widths, 64) / ITERATION:.1%} of an '
+            f'iteration on 64 ranks. With them {PAYS:.0%} are passed from '
             f'{number_of(pays_from(widths, ETHERNET, True))} ranks on. See *Combining p rows*.'
         )
     return '\n'.join(parts)
@@ -1066,13 +1068,12 @@ def subgroup_text(widths: dict[int, int]) -> str:
         "Statistics over 8 GPUs with two images each are those of 16 images, MMDetection's usual "
         f'batch. By the model, collectives over all ranks reach {PAYS:.0%} of an iteration at '
         f'{number_of(pays_from(widths, ETHERNET))} ranks with RDMA and at '
-        f'{number_of(pays_from(widths, SOCKETS))} over TCP, and from there on `SyncGroupHook` '
-        'pays:\n\n'
+        f'{number_of(pays_from(widths, SOCKETS))} over TCP. `SyncGroupHook` keeps them within '
+        'blocks of ranks:\n\n'
         "    default_hooks = dict(sync_group=dict(type='SyncGroupHook', group_size=8))\n\n"
-        '`configs/ubn/mask-rcnn_r50_fpn_ubn-all-node_2x_coco.py` is a whole config. It has '
+        '`configs/ubn/mask-rcnn_r50_fpn_syncubn-all-node_2x_coco.py` is a whole config. It has '
         "mmengine's SyncBuffersHook as well: running statistics and gates are then those of a "
-        'block of ranks, and it averages them before evaluation and saving. Below that number of '
-        'ranks statistics over all of them cost little and are those of more samples.'
+        'block of ranks, and it averages them before evaluation and saving.'
     )
 
 

@@ -4,6 +4,8 @@ Importing the package registers its layers and its hook with mmengine and instal
 :mod:`ubn_det.guards`.
 """
 
+# First: it refuses a torch for which the others would fail.
+from . import _torch_floor as _torch_floor
 from . import guards
 from .building import build_with_ubn
 from .conversion import convert, convert_sync_ubn

@@ -1,4 +1,4 @@
 _base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'
 custom_imports = dict(imports=['ubn_det'], allow_failed_imports=False)
-custom_hooks = [dict(type='CondensationHook')]
+default_hooks = dict(condensation=dict(type='CondensationHook'))
 model = dict(backbone=dict(norm_cfg=dict(type='UBN')))

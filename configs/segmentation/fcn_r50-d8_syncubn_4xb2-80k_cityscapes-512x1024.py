@@ -1,6 +1,6 @@
 _base_ = 'mmseg::fcn/fcn_r50-d8_4xb2-80k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['ubn_det'], allow_failed_imports=False)
-custom_hooks = [dict(type='CondensationHook')]
+default_hooks = dict(condensation=dict(type='CondensationHook'))
 norm_cfg = dict(type='SyncUBN')
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),

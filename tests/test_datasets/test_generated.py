@@ -213,18 +213,29 @@ def test_polygons_decode_to_their_mask(rows, parts):
     assert np.array_equal(decode(polygons, mask), mask)
 
 
+def has_hole(mask):
+    """Whether a pixel of the background cannot be reached from outside, side by side."""
+    outside = np.pad(mask, 1) * -1
+    todo = [(0, 0)]
+    while todo:
+        y, x = todo.pop()
+        if 0 <= y < outside.shape[0] and 0 <= x < outside.shape[1] and outside[y, x] == 0:
+            outside[y, x] = 1
+            todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    return (outside == 0).any()
+
+
 def test_polygons_of_random_masks_decode_to_their_mask():
     rng = np.random.default_rng(0)
-    exact = 0
-    for _ in range(300):
-        mask = rng.uniform(size=(5, 7)) < 0.4
-        try:
-            polygons = generated.mask_to_polygons(mask)
-        except ValueError:
-            continue
-        assert np.array_equal(decode(polygons, mask), mask)
-        exact += 1
-    assert exact > 50
+    masks = rng.uniform(size=(300, 5, 7)) < 0.4
+    holes = [has_hole(mask) for mask in masks]
+    assert 50 < sum(holes) < 250
+    for mask, is_refused in zip(masks, holes, strict=True):
+        if is_refused:
+            with pytest.raises(ValueError, match='holes'):
+                generated.mask_to_polygons(mask)
+        else:
+            assert np.array_equal(decode(generated.mask_to_polygons(mask), mask), mask)
 
 
 def test_empty_mask_has_no_polygons():

@@ -1,6 +1,8 @@
 """Tests of AtomicCheckpointHook and of its file backend, in real runs on CPU."""
 
+import os
 import resource
+import signal
 import uuid
 from contextlib import contextmanager
 
@@ -178,6 +180,38 @@ def test_backend_writes_all_or_nothing(tmp_path):
     assert list(path.parent.iterdir()) == [path]
     backend.put_text('später', path)
     assert path.read_text(encoding='utf-8') == 'später'
+
+
+def kill_while_writing(path):
+    """Write to a file in a process of its own that is killed before the file is whole."""
+    if not (child := os.fork()):
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        AtomicLocalBackend().put(b'half', path)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.parametrize('is_elsewhere', [False, True])
+def test_what_a_kill_left_half_written_goes_at_the_next_start(tmp_path, is_elsewhere):
+    figures = [dict(score=0.3)]
+    keep = dict(KEEP_ONE, **(dict(out_dir=str(tmp_path / 'out')) if is_elsewhere else {}))
+    work_dir = tmp_path / 'run'
+    out_dir = tmp_path / 'out/run' if is_elsewhere else work_dir
+    for name in ('iter_1.pth', 'iter_7.pth', 'best_test_score_iter_7.pth'):
+        kill_while_writing(out_dir / name)
+    kill_while_writing(work_dir / 'last_checkpoint')
+    assert len([*out_dir.iterdir()]) >= 3
+    mine = out_dir / 'notes.1.tmp'
+    mine.write_text('not of a checkpoint')
+    make_runner(work_dir, AtomicCheckpointHook, figures, keep=keep).train()
+    # A run leaves a folder of logs and its config as well.
+    files = {
+        path.name
+        for folder in (work_dir, out_dir)
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix != '.py'
+    }
+    checkpoints = {'iter_1.pth', 'best_test_score_iter_1.pth', 'last_checkpoint'}
+    assert files == {*checkpoints, mine.name}
 
 
 def test_other_backends_are_left_alone():

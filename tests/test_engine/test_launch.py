@@ -110,6 +110,20 @@ def test_both_formats_of_checkpoints_pass(tmp_path, is_archive):
     check_checkpoint_file('https://example.com/some.pth')
 
 
+def test_checkpoint_without_checksums_passes(tmp_path):
+    path = tmp_path / 'some.pth'
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(dict(weight=torch.randn(1000)), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.load(path)
+    check_checkpoint_file(str(path))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f'{path} is truncated'):
+        check_checkpoint_file(str(path))
+
+
 def test_data_root_is_replaced_wherever_it_begins_a_path(config, tmp_path):
     cfg = parse(config, '--data-root', str(tmp_path))
     for split in ('train', 'val', 'test'):
@@ -118,6 +132,23 @@ def test_data_root_is_replaced_wherever_it_begins_a_path(config, tmp_path):
         expected = f'{tmp_path}/annotations/instances_val2017.json'
         assert cfg[f'{split}_evaluator'].ann_file == expected
     assert 'data/coco' not in str(cfg.train_dataloader)
+
+
+@pytest.mark.parametrize('slash', ['', '/'])
+def test_data_root_ends_where_a_folder_does(tmp_path, slash):
+    paths = dict(
+        itself=('data/coco', f'{tmp_path}/'),
+        folder=('data/coco/', f'{tmp_path}/'),
+        within=('data/coco/ann.json', f'{tmp_path}/ann.json'),
+        beside=('data/coco_extra/ann.json', 'data/coco_extra/ann.json'),
+        above=('data/', 'data/'),
+        other=('my/data/coco/ann.json', 'my/data/coco/ann.json'),
+    )
+    nested = dict(files=[old for old, _ in paths.values()])
+    cfg = Config(dict(data_root=f'data/coco{slash}', **nested))
+    set_data_root(cfg, str(tmp_path))
+    assert dict(zip(paths, cfg.files, strict=True)) == {k: new for k, (_, new) in paths.items()}
+    assert cfg.data_root == f'{tmp_path}/'
 
 
 def test_data_root_errors_name_the_option(tmp_path):

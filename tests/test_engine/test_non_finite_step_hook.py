@@ -198,6 +198,29 @@ def test_several_optimizers_are_each_looked_at(tmp_path):
     assert scalars(tmp_path) == {2: 1}
 
 
+class SecondIsBad(TwoSteps):
+    """The second optimizer's gradients are never finite, the first one's always."""
+
+    def train_step(self, data, optim_wrapper):
+        losses = self(**data)
+        optim_wrapper['first'].update_params(losses['loss'])
+        optim_wrapper['second'].update_params((self.unused * math.nan).sum())
+        return losses
+
+
+def test_optimizer_that_does_not_recover_ends_the_run_beside_one_that_does(tmp_path):
+    model = SecondIsBad()
+    wrapper = OptimWrapperDict(
+        first=OptimWrapper(torch.optim.SGD([model.weight], lr=0.1)),
+        second=OptimWrapper(torch.optim.SGD([model.unused], lr=0.1)),
+    )
+    hook = NonFiniteStepHook(patience=3)
+    runner = make_runner(tmp_path, [[1.0] * 3] * 20, hook=hook, model=model, wrapper=wrapper)
+    with pytest.raises(RuntimeError, match="4 optimizer steps of 'second' in a row were skipped"):
+        runner.train()
+    assert scalars(tmp_path) == {step: step for step in range(1, 5)}
+
+
 def test_run_that_does_not_recover_ends(tmp_path):
     bad = [math.nan] * 3
     batches = [bad, bad, [1.0] * 3, bad, bad, bad, bad]

@@ -8,7 +8,8 @@ from tiny_config import ROOT, free_port, run_tool, write_config
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dist')
-    config = write_config(folder, max_iters=2, norm='SyncUBN')
+    extra = "custom_imports = dict(imports=['ubn_det', 'fault_hooks'])"
+    config = write_config(folder, max_iters=2, norm='SyncUBN', extra=extra)
     done = run_tool(
         ROOT / 'tools/dist_train.sh',
         config,
@@ -16,8 +17,16 @@ def trained(tmp_path_factory):
         '--work-dir',
         folder / 'run',
         PORT=free_port(),
+        SAY_THREADS='1',
     )
     return folder, config, done
+
+
+def assert_no_thread_of_gloo(done):
+    """Those that run while a process exits abort it now and then."""
+    left = [line for line in done.stdout.splitlines() if 'threads at the end' in line]
+    assert len(left) == 2
+    assert not any('gloo' in line for line in left), left
 
 
 def test_two_processes_train_and_evaluate(trained):
@@ -30,6 +39,7 @@ def test_two_processes_train_and_evaluate(trained):
     state = checkpoint['state_dict']
     assert state['backbone.bn1.num_batches_tracked'] == 2
     assert all(torch.isfinite(v).all() for v in state.values())
+    assert_no_thread_of_gloo(done)
 
 
 def test_two_processes_test(trained):
@@ -42,8 +52,10 @@ def test_two_processes_test(trained):
         '--work-dir',
         folder / 'test',
         PORT=free_port(),
+        SAY_THREADS='1',
     )
     assert 'coco/segm_mAP' in done.stdout + done.stderr
+    assert_no_thread_of_gloo(done)
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])

@@ -1,8 +1,10 @@
 """Tests of tools/inject_faults.py and of the norm that it composes."""
 
 import csv
+import math
 import sys
 
+import pytest
 import torch
 from distributed import run
 from tiny_config import ROOT, run_tool
@@ -11,6 +13,7 @@ from torch import nn
 # The tools import their neighbours, as they do when they are run.
 sys.path.append(str(ROOT / 'tools'))
 
+import inject_faults  # noqa: E402
 from norm_peers import ComposedSyncBN  # noqa: E402
 
 
@@ -83,3 +86,59 @@ def test_faults_are_put_in_and_reported(tmp_path):
         assert row['finite_weights'] == 'True'
     page = table.with_suffix('.md').read_text()
     assert '| BN | NaN at a layer | 3 | **not finite** | differ | finite |' in page
+    assert '| SyncUBN | 1 | 0 | 0 | 0 | 0 |' in page
+    # The rows have all that is on the page.
+    table.with_suffix('.md').unlink()
+    run_tool(ROOT / 'tools/inject_faults.py', table, '--report')
+    assert table.with_suffix('.md').read_text() == page
+
+
+def outcomes(survivors):
+    """Return outcomes of a run without and one with a fault, which some norms survive."""
+    return [
+        inject_faults.Outcome(
+            norm=norm,
+            fault=fault,
+            amp=False,
+            num_skipped=0,
+            finite_stats=is_well,
+            equal_stats=True,
+            finite_weights=is_well,
+            loss=1.0,
+            eval_loss=1.0 if is_well else math.nan,
+            iters=60,
+            torch='2.0',
+        )
+        for norm in ('BN', 'SyncBN', 'UBN', 'SyncUBN')
+        for fault in ('none', 'NaN in a sample')
+        for is_well in [fault == 'none' or norm in survivors]
+    ]
+
+
+def test_page_has_no_opinion_of_its_own():
+    """The same words whatever was measured; what came of the norms is in the tables."""
+    pages = [
+        inject_faults.make_page(outcomes(survivors)).splitlines()
+        for survivors in (('UBN', 'SyncUBN'), ('BN', 'SyncBN'))
+    ]
+    texts = [[line for line in page if not line.startswith('|')] for page in pages]
+    assert texts[0] == texts[1]
+    assert not any('UBN' in line for line in texts[0])
+    for norm in ('BN', 'SyncBN', 'UBN', 'SyncUBN'):
+        lost = [f'| {norm} | 1 | {n} | {n} | 0 | {n} |' in page for page, n in zip(pages, (1, 1))]
+        assert lost == [norm.endswith('BN') and 'U' not in norm, 'U' in norm]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--report'], 'no such file'),
+        (['--faults', 'NaN at a layer'], "--faults needs 'none' as well"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, options, message):
+    done = run_tool(
+        ROOT / 'tools/inject_faults.py', tmp_path / 'faults.csv', *options, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -16,6 +16,8 @@ from ubn_det.layers import UBN
 from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS
 
 PURPOSES = ('resume', 'test')
+# The end of the name under which a process writes beside a file. A kill leaves it there.
+_UNFINISHED = '.unfinished'
 # What a run is more than its weights.
 _RUN_STATE = ('meta', 'message_hub', 'optimizer')
 
@@ -37,7 +39,7 @@ class AtomicLocalBackend(LocalBackend):
         path = os.path.abspath(filepath)
         folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
-        temporary = f'{path}.{os.getpid()}.tmp'
+        temporary = f'{path}.{os.getpid()}{_UNFINISHED}'
         try:
             with open(temporary, 'wb') as file:
                 file.write(obj)
@@ -62,6 +64,21 @@ class AtomicLocalBackend(LocalBackend):
         """Write text to a file, as ``put`` does."""
         self.put(obj.encode(encoding), filepath)
 
+    @staticmethod
+    def remove_unfinished(folder: str) -> list[str]:
+        """Remove what processes that were killed while they wrote have left in a folder.
+
+        A process that is writing there at this moment gets an error instead of its file.
+
+        Returns:
+            list[str]: The names of what was removed.
+        """
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        found = [name for name in names if re.search(rf'\.\d+\{_UNFINISHED}$', name)]
+        for name in found:
+            os.remove(os.path.join(folder, name))
+        return found
+
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
@@ -70,7 +87,7 @@ class AtomicCheckpointHook(CheckpointHook):
     mmengine removes the checkpoint that ``max_keep_ckpts`` leaves no room for before it writes the
     next one, and writes in place: a full disk or a kill in between may leave none that can be
     read. Here a file is written beside and renamed once it is whole, and only then the outdated
-    one is removed.
+    one is removed. What a kill leaves half written goes at the start of the next training.
 
     It also compares what is loaded with the model before any of it is copied; mmengine leaves out
     what does not fit and goes on with a warning.
@@ -98,6 +115,18 @@ class AtomicCheckpointHook(CheckpointHook):
         is_local = '://' not in (self.out_dir or '')
         if is_local and self.file_client_args is None and self.backend_args is None:
             self.backend_args = dict(backend='atomic_local')
+
+    def before_train(self, runner: Runner) -> None:
+        """Remove what a killed run has left half written, so that kills do not fill the disk."""
+        super().before_train(runner)
+        if not is_main_process():
+            return
+        folders = {runner.work_dir}
+        if isinstance(self.file_backend, AtomicLocalBackend):
+            folders.add(self.out_dir)
+        for folder in folders:
+            for name in AtomicLocalBackend.remove_unfinished(folder):
+                runner.logger.info(f'Removed {folder}/{name}, which a kill left half written')
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         outdated = None

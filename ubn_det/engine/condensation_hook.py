@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook, LoggerHook
+from mmengine.hooks import LoggerHook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det.layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
 from ubn_det.layers.ubn import COUNTERS, EXTRA_PARAMETERS
+
+from .listed_hook import ListedHook
 
 _TYPES = (UBN, UBN1d, UBN2d, UBN3d, SyncUBN)
 _NAMES = (*(cls.__name__ for cls in _TYPES), 'WithUBN')
@@ -29,7 +31,7 @@ class _Counts(NamedTuple):
 
 
 @HOOKS.register_module()
-class CondensationHook(Hook):
+class CondensationHook(ListedHook):
     """Log scores and gates of UBN, and say at the start of a run what it will do.
 
     Before the first iteration one line says how many UBN layers there are and how many of them
@@ -62,6 +64,7 @@ class CondensationHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Compare what the config asks for with what the model has."""
+        super().before_run(runner)
         model = unwrap(runner.model)
         if not isinstance(runner.cfg.get('model'), dict):
             # Built by hand: nothing was asked for in a config.

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import os
 import zipfile
 from typing import Any
@@ -98,9 +99,11 @@ def check_checkpoint_file(path: str) -> None:
     if head.startswith(b'PK'):
         if not zipfile.is_zipfile(path):
             raise ValueError(f'checkpoint {path} is truncated: use an earlier one')
-        # torch.load does not compare the checksums that torch.save writes.
+        # torch.load does not compare the checksums that torch.save writes. After
+        # torch.serialization.set_crc32_options(False) it writes zeros in their place.
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            has_checksums = any(entry.CRC for entry in archive.infolist())
+            broken = archive.testzip() if has_checksums else None
         if broken is not None:
             raise ValueError(
                 f'checkpoint {path} is damaged, {broken} fails its checksum: use an earlier one'
@@ -110,13 +113,15 @@ def check_checkpoint_file(path: str) -> None:
 
 
 def finish() -> None:
-    """Leave the process group at the end of a tool.
+    """Leave the process group at the end of a tool, which holds no Runner any more.
 
-    gloo's threads abort a process that exits without, and the launcher then stops the others.
+    gloo's threads abort a process that exits while they run, and the launcher then calls the job
+    failed. They end with the process group, which the model's wrapper keeps until it is collected.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def prepare(cfg: Config) -> None:
@@ -162,8 +167,9 @@ def prepare(cfg: Config) -> None:
 def set_data_root(cfg: Config, root: str) -> None:
     """Let a config read its data from another folder.
 
-    Every string of the config that begins with its ``data_root`` begins with ``root`` afterwards:
-    the data sets' roots and the annotation files of the evaluators.
+    Every path of the config that is its ``data_root`` or lies in it lies in ``root`` afterwards:
+    the data sets' roots and the annotation files of the evaluators. A folder beside it whose name
+    begins alike is another one.
 
     Args:
         cfg (Config): Config with a ``data_root``, changed in place.
@@ -179,9 +185,10 @@ def set_data_root(cfg: Config, root: str) -> None:
     if not os.path.isdir(root):
         raise FileNotFoundError(f'--data-root: no folder {root}')
     root = os.path.join(root, '')
+    old = os.path.join(old, '')
 
     def replace(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(old):
+        if isinstance(value, str) and os.path.join(value, '').startswith(old):
             return root + value[len(old) :].lstrip('/')
         if isinstance(value, dict):
             for key in value:

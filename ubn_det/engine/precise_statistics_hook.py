@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, broadcast, get_rank
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
@@ -18,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ubn_det.layers import UBN
 
 from .condensation_hook import unwrap
+from .listed_hook import ListedHook
 from .population_statistics import PopulationStatistics
 
 _END = object()
 
 
 @HOOKS.register_module()
-class PreciseStatisticsHook(Hook):
+class PreciseStatisticsHook(ListedHook):
     """Set the running statistics of BN, SyncBN, UBN and SyncUBN to those of many training batches.
 
     The running average is one over batches that earlier weights have seen. Before an evaluation
@@ -80,6 +81,7 @@ class PreciseStatisticsHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Forget the run before; EMAHook does so as well."""
+        super().before_run(runner)
         self._set_at = -1
         self._exchanged = []
 

@@ -2,17 +2,17 @@
 
 import torch.distributed as dist
 from mmengine.dist import get_world_size
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ubn_det.layers import SyncUBN
 
 from .condensation_hook import unwrap
+from .listed_hook import ListedHook
 
 
 @HOOKS.register_module()
-class SyncGroupHook(Hook):
+class SyncGroupHook(ListedHook):
     """Let SyncUBN share its statistics within blocks of ``group_size`` consecutive ranks.
 
     Launchers number the ranks node by node, so that a block of as many ranks as a node has GPUs is
