@@ -33,7 +33,6 @@ CONFIGS = {
     'no affine': dict(affine=False, **PLAIN),
     'neighbourhood': {**PLAIN, 'affine_kernel': 3},
     'all': dict(affine_kernel=3),
-    'all, freeze': dict(affine_kernel=3, on_condensed='freeze'),
 }
 DETECTOR_SHAPES = [(2, 16, 25, 38), (2, 64, 7, 10), (64, 32, 7, 7), (300, 8, 7, 7), (128, 16)]
 ODD_SHAPES = [
@@ -707,7 +706,7 @@ def test_a_single_value_cannot_normalize_itself(shape, config, track, training):
         *[('momentum', v, TypeError) for v in ('0.1', True)],
         *[('condensation_threshold', v, ValueError) for v in (-1.01, 1.01, float('nan'), 60)],
         *[('condensation_threshold', v, TypeError) for v in ('0.5', False)],
-        *[('on_condensed', v, ValueError) for v in ('batch', '', None, True, 'Running')],
+        *[('on_condensed', v, ValueError) for v in ('running', '', True, 'Freeze')],
         *[('warmup', v, ValueError) for v in (-1,)],
         *[('warmup', v, TypeError) for v in (1.5, None, True, '3')],
         *[('patience', v, ValueError) for v in (0, -1)],
@@ -847,7 +846,7 @@ def test_types_of_parameters_and_buffers():
     [
         UBN(8),
         UBN1d(8, affine=False, track_running_stats=False, condensation_threshold=None),
-        UBN2d(3, 1e-3, None, on_condensed='freeze', warmup=7, patience=5, centering=False),
+        UBN2d(3, 1e-3, None, warmup=7, patience=5, centering=False),
         UBN3d(3, scaling=False, affine_kernel=3, condensation_threshold=0.25, momentum=0.5),
     ],
     ids=lambda layer: type(layer).__name__,
