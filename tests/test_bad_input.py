@@ -79,7 +79,7 @@ numbers = st.one_of(
     st.complex_numbers(),
 )
 words = st.text(max_size=5) | st.sampled_from(
-    ['running', 'freeze', 'running ', 'True', 'None', '0.5', '3', 'float32']
+    ['running', 'freeze', 'freeze ', 'True', 'None', '0.5', '3', 'float32']
 )
 atoms = st.none() | st.booleans() | numbers | words | st.binary(max_size=3)
 anything = st.one_of(
@@ -110,9 +110,7 @@ NEARLY = {
     'momentum': st.none() | st.floats(-0.1, 1.1) | st.sampled_from([0, 1, Fraction(1, 3)]),
     **{name: st.booleans() | st.sampled_from([0, 1, np.True_]) for name in FLAGS},
     'condensation_threshold': st.none() | st.floats(-1.1, 1.1) | st.sampled_from([-1, 0, 1]),
-    'on_condensed': st.sampled_from(
-        ['running', 'freeze', 'Running', np.str_('freeze'), np.array(['running', 'freeze'])]
-    ),
+    'on_condensed': st.none() | st.sampled_from(['running', 'freeze', np.str_('freeze'), True]),
     'warmup': st.integers(-1, 3) | st.sampled_from([2**63 - 1, 2**63, 10**30]),
     'patience': st.integers(-1, 3) | st.sampled_from([2**63 - 1, 2**63, 10**30]),
     'affine_kernel': st.integers(-1, 5) | st.sampled_from([2**45 + 1, 2**63 + 1]),
@@ -204,11 +202,8 @@ def assert_step_equals_reference(layer, x):
     dy = torch.randn(x.shape).to(x.dtype)
     y.backward(dy)
 
-    uses_running = not layer.training
-    if before and layer.training and layer.on_condensed == 'running':
-        uses_running = layer.num_batches_condensed > before['num_batches_condensed']
     constants = ()
-    if before and uses_running:
+    if before and not layer.training:
         constants = [before[name].double() for name in ('running_mean', 'running_var')]
     leaves = {'x': x, **dict(layer.named_parameters())}
     values = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
@@ -237,7 +232,7 @@ def assert_works(layer, make):
     if any(t.is_meta for t in tensors_of(layer).values()):
         layer.to_empty(device='cpu')
         layer.reset_parameters()
-    kinds = dict(eps=float, momentum=float, condensation_threshold=float, on_condensed=str)
+    kinds = dict(eps=float, momentum=float, condensation_threshold=float)
     kinds.update(num_features=int, warmup=int, patience=int, affine_kernel=int)
     for name, kind in kinds.items():
         assert isinstance(getattr(layer, name), (kind, NoneType))
@@ -536,7 +531,7 @@ def flaws(layer, x):
         found.append(f'num_features={C}')
     if x.dtype not in TYPES:
         found.append(str(x.dtype))
-    if x.is_meta:
+    if x.is_meta and tensors_of(layer):
         found.append('meta')
     takes_batch = layer.training or layer.running_mean is None
     if takes_batch and x.dim() > 1 and x.numel() == x.shape[1]:
@@ -562,9 +557,9 @@ def test_inputs_work_or_are_named(number, request):
             assert_unmoved(layer, before)
             seen.update(words)
             return
-        if not x.numel():
+        if not x.numel() or x.is_meta:
             y = layer(x)
-            assert (y.shape, y.dtype) == (x.shape, x.dtype)
+            assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
             assert_unmoved(layer, before)
             seen['empty'] += 1
             return
