@@ -530,9 +530,100 @@ def test_activation_checkpointing(use_reentrant):
         use_reentrant=use_reentrant,
     )
     assert norm.num_batches_condensed == 2
-    # The forward runs twice, and its collective with it.
+    # The forward runs twice, and its collective with it. At first a reentrant checkpoint's ranks
+    # also say whether they will run it again.
+    first = ('all_gather', FORWARD[1] + use_reentrant)
     for step in (step for rank in ranks for step in rank):
-        assert step['collectives'] == [FORWARD, FORWARD, BACKWARD]
+        assert step['collectives'] == [first, FORWARD, BACKWARD]
+
+
+def train_checkpointed(rank, params, xs, dys, use_reentrant, is_frozen):
+    """Train where the input requires a gradient on the first rank alone."""
+    layer = build({}, params).requires_grad_(not is_frozen)
+    return train_step(layer, xs[rank], dys[rank], use_reentrant, requires_grad=rank == 0)
+
+
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_checkpointed_input_without_gradient_on_one_rank(is_frozen):
+    params = random_params(C, 2, 3)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
+    norm = SyncReference(C)
+    ys, dxs, gradients = reference_step(norm, params, xs, dys)
+    ranks = distributed.run(2, train_checkpointed, params, xs, dys, False, is_frozen)
+    for rank, found in enumerate(ranks):
+        assert_close(found['y'], ys[rank], 'y')
+        assert_buffers_equal(found['buffers'], norm)
+        assert found['collectives'] == [FORWARD, FORWARD, BACKWARD]
+    assert_close(ranks[0]['dx'], dxs[0], 'dx')
+    assert ranks[1]['dx'] is None
+    for name, gradient in gradients.items():
+        parts = [found['gradients'][name] for found in ranks]
+        if is_frozen:
+            assert parts == [None, None]
+        else:
+            assert_close(sum(parts), gradient, name)
+
+
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_reentrant_checkpoint_that_one_rank_does_not_run_again_is_refused(is_frozen):
+    params = random_params(C, 2, 3)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
+    with pytest.raises(RankError) as error:
+        distributed.run(2, train_checkpointed, params, xs, dys, True, is_frozen)
+    # On all ranks, before one waits for the other.
+    for rank in (0, 1):
+        assert f'rank {rank} raised' in str(error.value)
+    assert str(error.value).count('RuntimeError: SyncUBN in reentrant activation check') == 2
+
+
+def run_without_gradient(rank, xs, is_grad_enabled):
+    """Run checkpoints inside of each other, of which on no rank an input requires a gradient."""
+    layer = SyncUBN(C)
+    with Collectives() as collectives, torch.set_grad_enabled(is_grad_enabled):
+        checkpoint(
+            lambda x: checkpoint(layer, x, use_reentrant=True),
+            xs[rank].float(),
+            use_reentrant=True,
+        )
+    return collectives.log, layer.num_batches_tracked.item()
+
+
+@pytest.mark.filterwarnings('ignore:.*None of the inputs')
+@pytest.mark.parametrize('is_grad_enabled', [True, False])
+def test_reentrant_checkpoint_that_no_rank_runs_again(is_grad_enabled):
+    xs = random_batches([(2, C, 3, 3), (3, C, 2, 4)])
+    for log, num_batches in distributed.run(2, run_without_gradient, xs, is_grad_enabled):
+        assert [name for name, _ in log] == ['all_gather']
+        assert num_batches == 1
+
+
+def train_nested(rank, params, xs, dys):
+    layer = build({}, params)
+    x = xs[rank].clone().requires_grad_(True)
+    inner = functools.partial(checkpoint, layer, use_reentrant=True)
+    # What the inner one gets requires no gradient in the outer one's first run, on either rank.
+    y = checkpoint(lambda x: inner(2 * x), x, use_reentrant=True)
+    y.backward(dys[rank])
+    return {
+        'y': y.detach(),
+        'dx': x.grad,
+        'gradients': {name: p.grad for name, p in layer.named_parameters()},
+        'buffers': buffers(layer),
+    }
+
+
+def test_nested_reentrant_checkpoints():
+    params = random_params(C, 2, 3)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
+    ranks = distributed.run(2, train_nested, params, xs, dys)
+    norm = SyncReference(C)
+    leaves = [x.clone().requires_grad_() for x in xs]
+    ys = norm([2 * x for x in leaves], params)
+    dxs = torch.autograd.grad(ys, leaves, dys)
+    for rank, found in enumerate(ranks):
+        assert_close(found['y'], ys[rank].detach(), 'y')
+        assert_close(found['dx'], dxs[rank], 'dx')
+        assert_buffers_equal(found['buffers'], norm)
 
 
 # Where nothing is to be communicated.

@@ -66,7 +66,9 @@ def test_fakes_are_like_the_real_results(names, dtype, memory_format):
     for operator, args in calls(names, dtype, memory_format):
         real = operator(*args)
         with FakeTensorMode() as mode:
-            fake = operator(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+            fake = operator(
+                *torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
+            )
         pairs = torch.utils._pytree.tree_leaves((real, fake))
         for a, b in zip(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], strict=True):
             if a is not None:

@@ -6,18 +6,15 @@ the same steps: ``moments``, ``normalize``, ``reduce``, ``input_gradient``; betw
 has its collectives.
 """
 
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library, fallthrough_kernel
 
-from . import dispatch, gate
+from . import checkpointing, dispatch, gate
 from .collectives import combine, gather, resolve
 from .gate import Buffers, Rule
 from .reference import Parameters, accumulate_dtype
@@ -165,7 +162,8 @@ def _update(
     warmup: int,
     patience: int,
 ) -> None:
-    if _is_recomputation():
+    if checkpointing.is_second_run():
+        # Counted before.
         return
     rule = Rule(momentum, condensation_threshold, warmup, patience)
     kernels = dispatch.kernels_of(summary)
@@ -173,29 +171,6 @@ def _update(
         gate.update(Buffers(*buffers), summary, rule)
     else:
         kernels.update(buffers, summary, *rule)
-
-
-def _is_recomputation() -> bool:
-    """Whether activation checkpointing runs a forward again: a batch counts once.
-
-    torch does not tell, so the calls that led here are looked at: the nearest that belongs either
-    to checkpointing's second run or to a backward pass.
-    """
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == torch.utils.checkpoint.__file__ and code.co_name in _SECOND_RUN:
-            return True
-        if code is torch.autograd.graph._engine_run_backward.__code__:
-            return False
-        frame = frame.f_back
-    return False
-
-
-# Of reentrant checkpointing and of the other.
-_SECOND_RUN = ('backward', 'recompute_fn')
 
 
 def _split(summary: Tensor) -> tuple[Tensor, Tensor]:
