@@ -222,7 +222,7 @@ class _Normalization(torch.autograd.Function):
             # Ranks that share the statistics wait for this one.
             dy = torch.zeros_like(x)
         # As x is stored, whatever the order of the next layer's gradient.
-        dy = dy.contiguous(memory_format=dispatch.memory_format_of(x))
+        dy = dy.contiguous(memory_format=ctx.memory_format)
         dx, *rest = _backward_operator(
             *(dy, x, m, mean, var, count, _widened(x, parameters), ctx.eps, ctx.gain),
             *(ctx.needs_input_grad[0], ctx.group),
@@ -234,13 +234,27 @@ class _Normalization(torch.autograd.Function):
 
 class _Train(_Normalization):
     @staticmethod
-    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *parameters, eps, gain, is_scored, group = rest
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        center_weight: Tensor | None,
+        scale_weight: Tensor | None,
+        scale_bias: Tensor | None,
+        neighbour_weight: Tensor | None,
+        eps: float,
+        gain: float,
+        is_scored: bool,
+        group: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # One by one: torch.compile counts the arguments.
+        parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
         return _train_operator(x, _widened(x, parameters), eps, gain, is_scored, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *parameters, ctx.eps, ctx.gain, _, ctx.group = inputs
+        ctx.memory_format = dispatch.memory_format_of(x)
         _, m, summary = output
         ctx.mark_non_differentiable(m, summary)
         ctx.set_materialize_grads(False)
@@ -255,8 +269,21 @@ class _Train(_Normalization):
 
 class _Evaluate(_Normalization):
     @staticmethod
-    def forward(x: Tensor, *rest: Any) -> Tensor:
-        *parameters, mean, var, eps, gain = rest
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        center_weight: Tensor | None,
+        scale_weight: Tensor | None,
+        scale_bias: Tensor | None,
+        neighbour_weight: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        gain: float,
+    ) -> Tensor:
+        # As above.
+        parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
         dtype = accumulate_dtype(x.dtype)
         return _evaluate_operator(
             x, mean.to(dtype), var.to(dtype), _widened(x, parameters), eps, gain
@@ -265,6 +292,7 @@ class _Evaluate(_Normalization):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *parameters, mean, var, ctx.eps, ctx.gain = inputs
+        ctx.memory_format = dispatch.memory_format_of(x)
         ctx.group = None
         ctx.set_materialize_grads(False)
         # A training forward before the backward pass moves the running statistics in place.
