@@ -32,7 +32,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.checkpoint import checkpoint
 
 from ubn_det import UBN, SyncUBN
 from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS, RECTIFIER_GAIN

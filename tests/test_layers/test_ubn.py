@@ -473,7 +473,7 @@ ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
 
 
 def check_half(layer, x, exact=None):
-    """Check a layer on half-precision input: all is float32, and rounded once to what it is kept in.
+    """Check a layer on half-precision input: all is float32, and rounded once where it is kept.
 
     Args:
         layer (UBN): The layer.

@@ -59,7 +59,7 @@ def reference_of(buffers, rule):
 
 
 def step(norm, summary):
-    """Let the reference take in a batch; return whether its gate was open, None for an empty one."""
+    """Let the reference take in a batch; return whether it was let in, None of an empty one."""
     mean, var = summary[:-3].double().chunk(2)
     count, pair_sum, num_pairs = summary[-3:].tolist()
     if count == 0:
