@@ -456,6 +456,49 @@ def test_no_host_reads_in_training(config, momentum, num, implementation):
     assert all(x.grad is not None for x in xs)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an accelerator')
+def test_training_waits_for_no_device():
+    layer = UBN(4, condensation_threshold=0.5, warmup=0, affine_kernel=3).cuda()
+    x = torch.randn(3, 4, 8, 8, device='cuda', requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an accelerator')
+def test_a_cuda_graph_replays_the_gate():
+    torch.manual_seed(0)
+    layers = [UBN(4, warmup=2, condensation_threshold=0.5).cuda() for _ in range(2)]
+    x = torch.randn(3, 4, 8, 8, device='cuda', requires_grad=True)
+    dy = torch.randn_like(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(layers[0](x), x, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers[0](x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    layers[1].load_state_dict(layers[0].state_dict())
+    for batch in (torch.randn_like(x), torch.ones_like(x), torch.randn_like(x)):
+        with torch.no_grad():
+            x.copy_(batch)
+        graph.replay()
+        leaf = batch.clone().requires_grad_()
+        expected = layers[1](leaf)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dx, torch.autograd.grad(expected, leaf, dy)[0])
+    assert layers[0].state_dict().keys() == layers[1].state_dict().keys()
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+    assert layers[0].num_batches_condensed == 1
+
+
 # Other ways to run a training forward
 
 
