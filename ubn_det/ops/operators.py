@@ -258,9 +258,9 @@ class _Train(_Normalization):
         _, m, summary = output
         ctx.mark_non_differentiable(m, summary)
         ctx.set_materialize_grads(False)
-        # Whether to keep m is never asked of a symbolic shape, which would fix its range.
+        # What is compiled keeps m of any map: to ask for the size would fix its range.
         num_values = x.shape[2] * x.shape[3]
-        is_kept = isinstance(num_values, torch.SymInt) or (
+        is_kept = torch.compiler.is_compiling() or (
             m.element_size() <= _MAX_KEPT * num_values * x.element_size()
         )
         mean, var = _split(summary)
