@@ -720,12 +720,12 @@ class TestTransforms:
     def test_compile(self, training, affine_kernel, backend):
         torch.compiler.reset()
         model = make_model(condensation_threshold=-1, warmup=2, affine_kernel=affine_kernel)
-        model.train(training)
+        model.double().train(training)
         reference = copy.deepcopy(model)
         compiled = torch.compile(model, backend=backend, fullgraph=True)
 
         def train():
-            x = torch.randn(2, 3, 6, 6)
+            x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
             ys = [module(x) for module in (compiled, reference)]
             assert_same(*ys)
             for y in ys:
@@ -735,7 +735,8 @@ class TestTransforms:
         with torch.compiler.set_stance('fail_on_recompile'):
             for _ in range(3):
                 train()
-        assert_same(gradients_of(model), gradients_of(reference))
+        # What is compiled keeps the instance means of small maps, too, and does not sum them anew.
+        assert_same(gradients_of(model), gradients_of(reference), rtol=1e-9, atol=1e-9)
         assert_same(model.state_dict(), reference.state_dict())
         if training:
             assert [getattr(model[1], key).item() for key in COUNTERS] == [2, 2]
