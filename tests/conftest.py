@@ -27,6 +27,18 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(params=['kernels', 'operators'])
+def implementation(request, monkeypatch):
+    """Run the layer on its kernels, and then on PyTorch's operators."""
+    import kernels
+
+    if request.param == 'operators':
+        monkeypatch.setattr('ubn_det.ops.dispatch._CPU_KERNELS', None)
+    elif not kernels.HAS_KERNELS:
+        pytest.skip(kernels.REASON)
+    return request.param
+
+
 @pytest.fixture(scope='module')
 def extra_packages():
     """Make timm and torchvision importable for the tests of one module."""

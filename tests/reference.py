@@ -88,7 +88,7 @@ def ubn(x, params, eps, mean=None, var=None, gain=GAIN):
     """UBN's output, and the statistics that normalized it.
 
     Training: leave ``mean`` and ``var`` out; they are the batch's, and gradient flows through
-    them. Evaluation, or a closed gate: pass the running ones.
+    them. Evaluation: pass the running ones.
     """
     centered = center(x, params, gain)
     if mean is None:

@@ -17,25 +17,15 @@ def pair_weighted_score(parts):
 
 
 class SyncReference(GateReference):
-    """A layer on a list of batches, one a rank, whose sizes may differ.
+    """A layer on a list of batches, one a rank, whose sizes may differ."""
 
-    Attributes:
-        normalized_by (tuple[Tensor, Tensor], optional): Mean and variance that normalized the last
-            training batch; None if there was no value.
-    """
-
-    def __init__(
-        self, num_features, eps=1e-5, on_condensed='running', track_running_stats=True, **gate
-    ):
+    def __init__(self, num_features, eps=1e-5, track_running_stats=True, **gate):
         super().__init__(num_features, **gate)
         self.eps = eps
-        self.on_condensed = on_condensed
         self.track_running_stats = track_running_stats
-        self.normalized_by = None
 
     def __call__(self, parts, params):
         """Return the output of each rank in training; differentiable."""
-        self.normalized_by = None
         present = [part for part in parts if part.numel()]
         if not present:
             return [part.clone() for part in parts]
@@ -43,10 +33,7 @@ class SyncReference(GateReference):
         if self.track_running_stats:
             # A single value has no variance that the running ones could take in.
             seen = mean if count > 1 else mean * math.nan
-            opened = self.step(seen, var, count, pair_weighted_score(present))
-            if not opened and self.on_condensed == 'running':
-                mean, var = self.running_mean, self.running_var
-        self.normalized_by = mean.detach(), var.detach()
+            self.step(seen, var, count, pair_weighted_score(present))
         return self._normalize(parts, params, mean, var)
 
     def evaluate(self, parts, params):

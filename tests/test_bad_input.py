@@ -81,7 +81,7 @@ numbers = st.one_of(
     st.complex_numbers(),
 )
 words = st.text(max_size=5) | st.sampled_from(
-    ['running', 'freeze', 'running ', 'True', 'None', '0.5', '3', 'float32']
+    ['running', 'freeze', 'freeze ', 'True', 'None', '0.5', '3', 'float32']
 )
 atoms = st.none() | st.booleans() | numbers | words | st.binary(max_size=3)
 anything = st.one_of(
@@ -112,9 +112,7 @@ NEARLY = {
     'momentum': st.none() | st.floats(-0.1, 1.1) | st.sampled_from([0, 1, Fraction(1, 3)]),
     **{name: st.booleans() | st.sampled_from([0, 1, np.True_]) for name in FLAGS},
     'condensation_threshold': st.none() | st.floats(-1.1, 1.1) | st.sampled_from([-1, 0, 1]),
-    'on_condensed': st.sampled_from(
-        ['running', 'freeze', 'Running', np.str_('freeze'), np.array(['running', 'freeze'])]
-    ),
+    'on_condensed': st.none() | st.sampled_from(['running', 'freeze', np.str_('freeze'), True]),
     'warmup': st.integers(-1, 3) | st.sampled_from([2**63 - 1, 2**63, 10**30]),
     'patience': st.integers(-1, 3) | st.sampled_from([2**63 - 1, 2**63, 10**30]),
     'affine_kernel': st.integers(-1, 5) | st.sampled_from([2**45 + 1, 2**63 + 1]),
@@ -608,7 +606,7 @@ def flaws(layer, x):
         found.append(f'num_features={C}')
     if x.dtype not in TYPES:
         found.append(str(x.dtype))
-    if x.is_meta:
+    if x.is_meta and tensors_of(layer):
         found.append('meta')
     takes_batch = layer.training or layer.running_mean is None
     if takes_batch and x.dim() > 1 and x.numel() == x.shape[1]:
@@ -634,9 +632,9 @@ def test_inputs_work_or_are_named(number, request):
             assert_unmoved(layer, before)
             seen.update(words)
             return
-        if not x.numel():
+        if not x.numel() or x.is_meta:
             y = layer(x)
-            assert (y.shape, y.dtype) == (x.shape, x.dtype)
+            assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
             assert_unmoved(layer, before)
             seen['empty'] += 1
             return

@@ -18,7 +18,6 @@ ARGUMENTS = dict(
     eps=1e-3,
     momentum=0.3,
     condensation_threshold=0.4,
-    on_condensed='freeze',
     warmup=2,
     patience=3,
     affine_kernel=3,

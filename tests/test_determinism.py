@@ -123,14 +123,13 @@ def layer_for(dims, affine_kernel):
 
 def options_of(dims):
     """All settings that change what is computed."""
-    for affine_kernel, threshold, on_condensed, rectifiers, affine in itertools.product(
-        (1, 3), (None, 0.3), ('running', 'freeze'), (True, False), (True, False)
+    for affine_kernel, threshold, rectifiers, affine in itertools.product(
+        (1, 3), (None, 0.3), (True, False), (True, False)
     ):
         if not (affine_kernel > 1 and not affine):
             yield dict(
                 affine_kernel=affine_kernel,
                 condensation_threshold=threshold,
-                on_condensed=on_condensed,
                 centering=rectifiers,
                 scaling=rectifiers,
                 affine=affine,

@@ -32,7 +32,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.checkpoint import checkpoint
 
 from ubn_det import UBN, SyncUBN
 from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS, RECTIFIER_GAIN
@@ -354,14 +353,12 @@ class TestActivationCheckpointing:
 
     @pytest.mark.filterwarnings('ignore:.*use_reentrant')
     @pytest.mark.parametrize('affine_kernel', [1, 3])
-    @pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
-    def test_with_cp_of_resnet(self, affine_kernel, on_condensed):
+    def test_with_cp_of_resnet(self, affine_kernel):
         norm = dict(
             type='UBN',
             condensation_threshold=0.0,
             warmup=1,
             affine_kernel=affine_kernel,
-            on_condensed=on_condensed,
         )
         settings = dict(
             depth=50, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)
@@ -383,39 +380,6 @@ class TestActivationCheckpointing:
         turn_on_activation_checkpointing(checkpointed, '1')
         self.train_both(plain, checkpointed, (2, 3, 8, 8))
 
-    @pytest.mark.parametrize('use_reentrant', [True, False])
-    def test_two_checkpointed_calls_raise(self, use_reentrant):
-        layer = randomize(UBN(4))
-        xs = [torch.randn(2, 4, 5, 5, requires_grad=True) for _ in range(2)]
-        ys = [checkpoint(layer, x, use_reentrant=use_reentrant) for x in xs]
-        with pytest.raises(RuntimeError, match='called more than once inside activation'):
-            sum(y.square().sum() for y in ys).backward()
-
-    @pytest.mark.parametrize('use_reentrant', [True, False])
-    @pytest.mark.parametrize('second_has_gradient', [True, False])
-    def test_checkpointed_call_before_another_is_right_or_raises(
-        self, use_reentrant, second_has_gradient
-    ):
-        layer = randomize(UBN(4))
-        reference = copy.deepcopy(layer)
-        x = torch.randn(2, 4, 5, 5)
-        first = [x.clone().requires_grad_() for _ in range(2)]
-        second = 3 * torch.randn(2, 4, 5, 5)
-
-        def run(call, layer, x):
-            loss = call(x).square().sum()
-            with torch.set_grad_enabled(second_has_gradient):
-                other = layer(second).square().sum()
-            (loss + other).backward()
-
-        run(reference, reference, first[0])
-        try:
-            run(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), layer, first[1])
-        except RuntimeError as error:
-            assert 'activation checkpointing' in str(error)
-        else:
-            assert_same(first[1].grad, first[0].grad, rtol=1e-4, atol=1e-5)
-
 
 class TestSeveralForwards:
     """A layer that is called more than once before the backward pass."""
@@ -424,7 +388,7 @@ class TestSeveralForwards:
         'arguments',
         [
             dict(condensation_threshold=-1, warmup=1),
-            dict(condensation_threshold=-1, warmup=1, on_condensed='freeze', affine_kernel=3),
+            dict(condensation_threshold=-1, warmup=1, affine_kernel=1),
             dict(condensation_threshold=None, centering=False, scaling=False),
         ],
     )
@@ -704,21 +668,17 @@ class TestTransforms:
         assert_same(model.eval()(x), y)
         assert_same(layer.condensation.item(), 0.0)
 
-    def test_functional_transform_is_right_or_raises(self):
-        model = torch.func.replace_all_batch_norm_modules_(make_model())
-        x = torch.randn(2, 3, 6, 6)
+    def test_functional_transform(self):
+        model = torch.func.replace_all_batch_norm_modules_(make_model()).double()
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
         parameters = dict(model.named_parameters())
 
         def loss(parameters):
             return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
-        try:
-            found = torch.func.grad(loss)(parameters)
-        except RuntimeError as error:
-            assert 'autograd.Function with functorch transforms' in str(error)
-        else:
-            loss(parameters).backward()
-            assert_same(found, gradients_of(model), rtol=1e-4, atol=1e-5)
+        found = torch.func.grad(loss)(parameters)
+        loss(parameters).backward()
+        assert_same(found, gradients_of(model), rtol=1e-9, atol=1e-9)
 
     @pytest.mark.filterwarnings('ignore::DeprecationWarning')
     @pytest.mark.parametrize('affine_kernel', [1, 3])
@@ -730,10 +690,10 @@ class TestTransforms:
             for shape in ((2, 3, 6, 6), (1, 3, 9, 5)):
                 x = torch.randn(shape)
                 for module in (traced, frozen):
-                    assert_same(module(x), model(x), rtol=1e-5, atol=1e-6)
+                    assert_same(module(x), model(x), rtol=1e-5, atol=1e-5)
             torch.jit.save(traced, file := io.BytesIO())
             file.seek(0)
-            assert_same(torch.jit.load(file)(x), model(x), rtol=1e-5, atol=1e-6)
+            assert_same(torch.jit.load(file)(x), model(x), rtol=1e-5, atol=1e-5)
             # It runs where this package is not installed.
             assert 'ubn_det::' not in str(traced.inlined_graph)
 
@@ -760,12 +720,12 @@ class TestTransforms:
     def test_compile(self, training, affine_kernel, backend):
         torch.compiler.reset()
         model = make_model(condensation_threshold=-1, warmup=2, affine_kernel=affine_kernel)
-        model.train(training)
+        model.double().train(training)
         reference = copy.deepcopy(model)
         compiled = torch.compile(model, backend=backend, fullgraph=True)
 
         def train():
-            x = torch.randn(2, 3, 6, 6)
+            x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
             ys = [module(x) for module in (compiled, reference)]
             assert_same(*ys)
             for y in ys:
@@ -775,7 +735,8 @@ class TestTransforms:
         with torch.compiler.set_stance('fail_on_recompile'):
             for _ in range(3):
                 train()
-        assert_same(gradients_of(model), gradients_of(reference))
+        # What is compiled keeps the instance means of small maps, too, and does not sum them anew.
+        assert_same(gradients_of(model), gradients_of(reference), rtol=1e-9, atol=1e-9)
         assert_same(model.state_dict(), reference.state_dict())
         if training:
             assert [getattr(model[1], key).item() for key in COUNTERS] == [2, 2]
@@ -783,18 +744,18 @@ class TestTransforms:
     @pytest.mark.parametrize('training', [True, False])
     def test_compile_by_inductor(self, training):
         torch.compiler.reset()
-        model = make_model(condensation_threshold=-1, warmup=1).train(training)
+        model = make_model(condensation_threshold=-1, warmup=1).double().train(training)
         reference = copy.deepcopy(model)
         compiled = torch.compile(model, fullgraph=True)
         for _ in range(2):
-            x = torch.randn(2, 3, 6, 6)
+            x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
             ys = [module(x) for module in (compiled, reference)]
-            torch.testing.assert_close(*ys, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(*ys, rtol=1e-9, atol=1e-9)
             for y in ys:
                 y.square().sum().backward()
         torch.testing.assert_close(model.state_dict(), reference.state_dict())
         for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize('training', [True, False])
     def test_recompiles_only_where_bn_does(self, training):
@@ -812,22 +773,6 @@ class TestTransforms:
             == recompilations(nn.BatchNorm2d(4))
             <= 3
         )
-
-    def test_a_compiled_model_sees_one_operator_each_way(self):
-        torch.compiler.reset()
-        seen = []
-
-        def backend(graph, inputs):
-            seen.append([str(node.target) for node in graph.graph.nodes])
-            return graph
-
-        torch.compile(UBN(3, condensation_threshold=0.6), backend=backend, fullgraph=True)(
-            torch.randn(2, 3, 4, 4)
-        )
-        (targets,) = seen
-        assert [t for t in targets if 'ubn_det' in t] == [
-            'ubn_det.unified_batch_norm_training.default'
-        ]
 
 
 @pytest.mark.usefixtures('process_group')

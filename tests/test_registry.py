@@ -51,7 +51,7 @@ def mmdet_scope():
         (dict(num_groups=2), TypeError, 'num_groups'),
         (dict(affine_kernel=2), ValueError, 'affine_kernel must be odd'),
         (dict(condensation_threshold=2), ValueError, 'condensation_threshold'),
-        (dict(on_condensed='skip'), ValueError, 'on_condensed'),
+        (dict(on_condensed='running'), ValueError, 'on_condensed'),
         (dict(eps='1e-5'), TypeError, 'eps'),
         (dict(warmup=-1), ValueError, 'warmup'),
         (dict(patience=0), ValueError, 'patience'),

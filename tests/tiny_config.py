@@ -16,9 +16,7 @@ ROOT = Path(__file__).parent.parent
 # an uninterrupted one otherwise.
 CONFIG = """
 _base_ = '{root}/configs/pennfudan/mask-rcnn_r18-scratch_fpn_ubn_400i_pennfudan.py'
-norm_cfg = dict(
-    type='{norm}', condensation_threshold=0.3, warmup=1, patience=2
-)
+norm_cfg = dict(type='{norm}', condensation_threshold=0.3, warmup=1, patience=2)
 model = dict(
     backbone=dict(base_channels=8, norm_cfg=norm_cfg),
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=16, norm_cfg=norm_cfg),

@@ -469,13 +469,13 @@ def _make_depthwise(norm: UBN, kernel: Tensor) -> nn.Module:
         *(channels, channels, size),
         padding=size // 2,
         groups=channels,
-        device=kernel.device,
-        dtype=kernel.dtype,
+        device=norm.weight.device,
+        dtype=norm.weight.dtype,
     )
-    merged = kernel.double().clone()
+    merged = kernel.clone()
     merged.flatten(1)[:, kernel[0].numel() // 2] += norm.weight.double()
-    convolution.weight = _like(merged, kernel)
-    convolution.bias = _like(norm.bias.double(), kernel)
+    convolution.weight = _like(merged, norm.neighbour_weight)
+    convolution.bias = _like(norm.bias.double(), norm.bias)
     return convolution
 
 

@@ -145,7 +145,7 @@ def train_chain(rank, is_mesh, options, state, steps):
 def test_layers_with_groups_of_their_own(is_mesh):
     shapes = [(2, C, 3, 3), (3, C, 2, 4), (0, C, 3, 3), (4, C, 4, 2)]
     # In the second step the gates of some layers and groups close, in others they stay open.
-    options = dict(condensation_threshold=0.7, warmup=1, on_condensed='freeze')
+    options = dict(condensation_threshold=0.7, warmup=1)
     steps = []
     for share in (0, 0.9, 0):
         xs = random_batches(shapes[:2], alike=share) + random_batches(shapes[2:])
@@ -156,7 +156,7 @@ def test_layers_with_groups_of_their_own(is_mesh):
     }
     ranks = distributed.run(4, train_chain, is_mesh, options, state, steps)
 
-    gate = dict(threshold=0.7, warmup=1, on_condensed='freeze')
+    gate = dict(threshold=0.7, warmup=1)
     norms = {name: GroupedReference(groups, **gate) for name, groups in GROUPS.items()}
     for i, (xs, dys) in enumerate(steps):
         leaves = [x.clone().requires_grad_() for x in xs]

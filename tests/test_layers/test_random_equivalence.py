@@ -92,7 +92,6 @@ def random_cases(draw, types):
         affine=affine,
         track_running_stats=draw(st.integers(0, 4)) < 4,
         condensation_threshold=None if is_whole else draw(threshold),
-        on_condensed=draw(st.sampled_from(['running', 'freeze'])),
         warmup=draw(st.sampled_from([0, 0, 1, 2])),
         patience=draw(st.sampled_from([1, 1, 2, 3])),
         centering=draw(st.booleans()),
@@ -249,10 +248,7 @@ class Expected(NamedTuple):
 
 def expect(case, params, steps):
     """Return what the reference has of every step."""
-    names = (
-        *('num_features', 'eps', 'momentum', 'warmup', 'patience', 'on_condensed'),
-        'track_running_stats',
-    )
+    names = ('num_features', 'eps', 'momentum', 'warmup', 'patience', 'track_running_stats')
     threshold = case.options['condensation_threshold']
     norm = SyncReference(threshold=threshold, **{name: case.options[name] for name in names})
     found, bounds = [], {}
@@ -263,13 +259,14 @@ def expect(case, params, steps):
         # Such a rank shares its statistics with no other one.
         is_alone = len(xs) == 1 if is_training else not norm.track_running_stats
         parts = [x for x in xs if not (is_alone and x.numel() == x.shape[1])]
+        present = [part for part in parts if part.numel()]
         if is_training:
             keep_off_the_threshold(case, parts)
             ys = iter(norm(parts, params))
-            used = [norm.normalized_by] if norm.normalized_by else []
+            used = [statistics(present, params)[:2]] if present else []
         else:
             ys = iter(norm.evaluate(parts, params))
-            used = [statistics(part, params)[:2] for part in parts if part.numel()]
+            used = [statistics(part, params)[:2] for part in present]
             if norm.track_running_stats:
                 used = [(norm.running_mean, norm.running_var)]
         ys = [next(ys) if any(x is part for part in parts) else None for x in xs]
@@ -474,7 +471,7 @@ def describe(case, expected):
     return {
         f'{len(sizes[0])} ranks',
         f'{len(case.shapes[0][0])}-D',
-        f'{case.options["on_condensed"]}: {norm.num_batches_condensed > 0}',
+        f'condensed: {norm.num_batches_condensed > 0}',
         f'readmitted: {norm.num_batches_readmitted > 0}',
         f'kernel: {case.options["affine_kernel"] > 1}',
         f'refused: {any(y is None for step in expected for y in step.ys)}',
@@ -494,8 +491,7 @@ def describe(case, expected):
 KINDS = {
     *(f'{n} ranks' for n in (1, 2, 3, 4)),
     *(f'{n}-D' for n in (2, 3, 4, 5)),
-    *(f'{name}: {value}' for name in ('running', 'freeze') for value in (True, False)),
-    *(f'readmitted: {value}' for value in (True, False)),
+    *(f'{name}: {value}' for name in ('condensed', 'readmitted') for value in (True, False)),
     *(f'momentum is {value}' for value in (0, 1, None)),
     *(
         'kernel: True',

@@ -100,7 +100,7 @@ def train(rank, options, params, steps, kwargs):
 def make_reference(options):
     names = {
         'condensation_threshold': 'threshold',
-        **{name: name for name in ('momentum', 'warmup', 'patience', 'on_condensed', 'eps')},
+        **{name: name for name in ('momentum', 'warmup', 'patience', 'eps')},
     }
     return SyncReference(C, **{names[k]: v for k, v in options.items() if k in names})
 
@@ -213,13 +213,11 @@ OPTIONS = {
     'momentum': dict(momentum=0.7),
     'cumulative': dict(momentum=None, **ALWAYS_CONDENSED),
     'eps': dict(eps=0.3),
-    'running': dict(on_condensed='running', condensation_threshold=-1.0, warmup=1),
-    'freeze': dict(on_condensed='freeze', condensation_threshold=-1.0, warmup=1),
+    'closed gate': dict(condensation_threshold=-1.0, warmup=1),
     'plain': dict(affine=False, centering=False, scaling=False),
     'no centering': dict(centering=False),
     'no scaling': dict(scaling=False),
-    'kernel': dict(affine_kernel=3),
-    'kernel, running': dict(affine_kernel=3, condensation_threshold=-1.0, warmup=1),
+    'no kernel': dict(affine_kernel=1),
     'kernel alone': dict(affine_kernel=5, centering=False, scaling=False),
 }
 
@@ -230,8 +228,7 @@ def test_options(options):
     params = random_params(C, 2, options.get('affine_kernel', 3))
     steps = [random_batches(shapes) for _ in range(3)]
     ranks, norm = assert_equals_one_process(steps, params, options)
-    closed = 'on_condensed' in options or options == OPTIONS['kernel, running']
-    assert norm.num_batches_condensed == (2 if closed else 0)
+    assert norm.num_batches_condensed == (2 if options == OPTIONS['closed gate'] else 0)
     assert all(step['collectives'] == [FORWARD, BACKWARD] for rank in ranks for step in rank)
 
 
@@ -369,15 +366,14 @@ def test_bfloat16_under_autocast(kernel, values, sums):
 # Hardly anything there.
 
 
-@pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
 @pytest.mark.parametrize('momentum', [0.1, None])
 @pytest.mark.parametrize(
     ('kernel', 'shape'), [(1, (0, C)), (1, (0, C, 5, 5)), (3, (0, C, 5, 5)), (3, (2, C, 0, 5))]
 )
-def test_nothing_moves_if_all_ranks_are_empty(kernel, shape, momentum, on_condensed):
+def test_nothing_moves_if_all_ranks_are_empty(kernel, shape, momentum):
     full = random_batches([(3, *shape[1:2], *[2] * len(shape[2:]))] * 2)
     empty = random_batches([shape] * 2)
-    options = dict(affine_kernel=kernel, momentum=momentum, on_condensed=on_condensed)
+    options = dict(affine_kernel=kernel, momentum=momentum)
     # First with fresh counters, then with others.
     steps = [empty, full, empty, full]
     ranks, _ = assert_equals_one_process(steps, random_params(C, 2, kernel), options)
@@ -390,35 +386,28 @@ def test_nothing_moves_if_all_ranks_are_empty(kernel, shape, momentum, on_conden
         assert after['collectives'] == [FORWARD, BACKWARD]
 
 
-@pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
 @pytest.mark.parametrize('shape', [(1, C), (1, C, 1, 1)])
-def test_single_value_over_all_ranks_does_not_move_running_stats(shape, on_condensed):
+def test_single_value_over_all_ranks_does_not_move_running_stats(shape):
     """It has no variance. No rank can raise an error by itself: the others would wait for it."""
     params = random_params(C, 2, 3)
     full = random_batches([(3, *shape[1:])] * 2)
     single = random_batches([shape, (0, *shape[1:])])
     steps = [with_gradients(full), with_gradients(single)]
-    options = dict(on_condensed=on_condensed)
-    for rank, (before, after) in enumerate(distributed.run(2, train, options, params, steps, {})):
+    for before, after in distributed.run(2, train, {}, params, steps, {}):
         for name in ('running_mean', 'running_var', 'num_batches_tracked'):
             assert torch.equal(after['buffers'][name], before['buffers'][name]), name
         assert after['buffers']['num_batches_condensed'] == 1
         results = [after['y'], after['dx'], *after['gradients'].values()]
         assert all(torch.isfinite(t).all() for t in results)
-        if on_condensed == 'running' and rank == 0:
-            running = [before['buffers'][name] for name in ('running_mean', 'running_var')]
-            expected, _, _ = ubn(single[0], params, 1e-5, *running)
-            assert_close(after['y'], expected, 'y')
 
 
 # The gate.
 
 
-@pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
 @pytest.mark.parametrize(
     ('num_alike', 'num_random', 'threshold', 'is_open'), [(2, 5, 0.35, True), (5, 2, 0.7, False)]
 )
-def test_pairs_of_all_ranks_decide(num_alike, num_random, threshold, is_open, on_condensed):
+def test_pairs_of_all_ranks_decide(num_alike, num_random, threshold, is_open):
     """One rank is over the threshold, the other under it; so is the mean that counts ranks."""
     alike = torch.randn(C, 3, 4).double() + 0.1 * torch.randn(num_alike, C, 3, 4).double()
     batches = [alike, torch.randn(num_random, C, 3, 4).double()]
@@ -428,9 +417,7 @@ def test_pairs_of_all_ranks_decide(num_alike, num_random, threshold, is_open, on
     assert (score < threshold) == is_open
     assert ((over + under) / 2 < threshold) != is_open
 
-    options = dict(
-        condensation_threshold=threshold, on_condensed=on_condensed, warmup=0, momentum=0.5
-    )
+    options = dict(condensation_threshold=threshold, warmup=0, momentum=0.5)
     # On either rank the local score is the wrong one once.
     for xs in (batches, batches[::-1]):
         ranks, _ = assert_equals_one_process([xs, xs], random_params(C, 2, 3), options)
@@ -461,10 +448,9 @@ def test_score_is_undefined_without_pairs():
         assert after['num_batches_tracked'] == 1
 
 
-@pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
-def test_warmup_and_patience(on_condensed):
+def test_warmup_and_patience():
     shapes = [(2, C, 3, 3), (0, C, 3, 3), (3, C, 2, 4)]
-    options = dict(on_condensed=on_condensed, condensation_threshold=0.7, warmup=2, patience=3)
+    options = dict(condensation_threshold=0.7, warmup=2, patience=3)
     steps = [random_batches(shapes, alike=0.9) for _ in range(11)]
     ranks, _ = assert_equals_one_process(steps, random_params(C, 2, 3), options)
     for rank in ranks:
@@ -473,23 +459,19 @@ def test_warmup_and_patience(on_condensed):
         assert rank[-1]['buffers']['num_batches_readmitted'] == 2
 
 
-@pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
 @pytest.mark.parametrize('bad_value', [float('nan'), float('inf')])
 @pytest.mark.parametrize('bad_rank', [0, 2])
-def test_one_bad_rank_closes_the_gate_on_all(bad_rank, bad_value, on_condensed):
+def test_one_bad_rank_closes_the_gate_on_all(bad_rank, bad_value):
     shapes = [(2, C, 3, 3), (3, C, 2, 4), (2, C, 4, 1)]
     good, bad = random_batches(shapes), random_batches(shapes)
     bad[bad_rank][1, 2, 0, 0] = bad_value
     # Patience does not let it through, either.
-    options = dict(on_condensed=on_condensed, condensation_threshold=0.95, warmup=0, patience=1)
+    options = dict(condensation_threshold=0.95, warmup=0, patience=1)
     ranks, _ = assert_equals_one_process([good, bad, bad, good], random_params(C, 2, 3), options)
-    for rank, (before, *closed, after) in enumerate(ranks):
+    for before, *closed, after in ranks:
         for step in closed:
             for name in ('running_mean', 'running_var', 'condensation', 'num_batches_tracked'):
                 assert torch.equal(step['buffers'][name], before['buffers'][name]), name
-            if on_condensed == 'running' and rank != bad_rank:
-                assert torch.isfinite(step['y']).all()
-                assert torch.isfinite(step['dx']).all()
         assert closed[-1]['buffers']['num_batches_condensed'] == 2
         assert after['buffers']['num_batches_tracked'] == 2
         assert torch.isfinite(after['y']).all()
@@ -537,11 +519,10 @@ def test_averaging_the_buffers_changes_nothing():
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
-@pytest.mark.parametrize('on_condensed', ['running', 'freeze'])
-def test_activation_checkpointing(on_condensed, use_reentrant):
+def test_activation_checkpointing(use_reentrant):
     shapes = [(2, C, 3, 3), (0, C, 3, 3), (3, C, 2, 4)]
-    # The counters that the first run of a step moves would turn its decision in the second.
-    options = dict(on_condensed=on_condensed, condensation_threshold=-1.0, warmup=1, patience=1)
+    # What the first run of a step moves would turn the decision in the second.
+    options = dict(condensation_threshold=-1.0, warmup=1, patience=1)
     ranks, norm = assert_equals_one_process(
         [random_batches(shapes) for _ in range(4)],
         random_params(C, 2, 3),
@@ -549,8 +530,100 @@ def test_activation_checkpointing(on_condensed, use_reentrant):
         use_reentrant=use_reentrant,
     )
     assert norm.num_batches_condensed == 2
+    # The forward runs twice, and its collective with it. At first a reentrant checkpoint's ranks
+    # also say whether they will run it again.
+    first = ('all_gather', FORWARD[1] + use_reentrant)
     for step in (step for rank in ranks for step in rank):
-        assert step['collectives'] == [FORWARD, BACKWARD]
+        assert step['collectives'] == [first, FORWARD, BACKWARD]
+
+
+def train_checkpointed(rank, params, xs, dys, use_reentrant, is_frozen):
+    """Train where the input requires a gradient on the first rank alone."""
+    layer = build({}, params).requires_grad_(not is_frozen)
+    return train_step(layer, xs[rank], dys[rank], use_reentrant, requires_grad=rank == 0)
+
+
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_checkpointed_input_without_gradient_on_one_rank(is_frozen):
+    params = random_params(C, 2, 3)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
+    norm = SyncReference(C)
+    ys, dxs, gradients = reference_step(norm, params, xs, dys)
+    ranks = distributed.run(2, train_checkpointed, params, xs, dys, False, is_frozen)
+    for rank, found in enumerate(ranks):
+        assert_close(found['y'], ys[rank], 'y')
+        assert_buffers_equal(found['buffers'], norm)
+        assert found['collectives'] == [FORWARD, FORWARD, BACKWARD]
+    assert_close(ranks[0]['dx'], dxs[0], 'dx')
+    assert ranks[1]['dx'] is None
+    for name, gradient in gradients.items():
+        parts = [found['gradients'][name] for found in ranks]
+        if is_frozen:
+            assert parts == [None, None]
+        else:
+            assert_close(sum(parts), gradient, name)
+
+
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_reentrant_checkpoint_that_one_rank_does_not_run_again_is_refused(is_frozen):
+    params = random_params(C, 2, 3)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
+    with pytest.raises(RankError) as error:
+        distributed.run(2, train_checkpointed, params, xs, dys, True, is_frozen)
+    # On all ranks, before one waits for the other.
+    for rank in (0, 1):
+        assert f'rank {rank} raised' in str(error.value)
+    assert str(error.value).count('RuntimeError: SyncUBN in reentrant activation check') == 2
+
+
+def run_without_gradient(rank, xs, is_grad_enabled):
+    """Run checkpoints inside of each other, of which on no rank an input requires a gradient."""
+    layer = SyncUBN(C)
+    with Collectives() as collectives, torch.set_grad_enabled(is_grad_enabled):
+        checkpoint(
+            lambda x: checkpoint(layer, x, use_reentrant=True),
+            xs[rank].float(),
+            use_reentrant=True,
+        )
+    return collectives.log, layer.num_batches_tracked.item()
+
+
+@pytest.mark.filterwarnings('ignore:.*None of the inputs')
+@pytest.mark.parametrize('is_grad_enabled', [True, False])
+def test_reentrant_checkpoint_that_no_rank_runs_again(is_grad_enabled):
+    xs = random_batches([(2, C, 3, 3), (3, C, 2, 4)])
+    for log, num_batches in distributed.run(2, run_without_gradient, xs, is_grad_enabled):
+        assert [name for name, _ in log] == ['all_gather']
+        assert num_batches == 1
+
+
+def train_nested(rank, params, xs, dys):
+    layer = build({}, params)
+    x = xs[rank].clone().requires_grad_(True)
+    inner = functools.partial(checkpoint, layer, use_reentrant=True)
+    # What the inner one gets requires no gradient in the outer one's first run, on either rank.
+    y = checkpoint(lambda x: inner(2 * x), x, use_reentrant=True)
+    y.backward(dys[rank])
+    return {
+        'y': y.detach(),
+        'dx': x.grad,
+        'gradients': {name: p.grad for name, p in layer.named_parameters()},
+        'buffers': buffers(layer),
+    }
+
+
+def test_nested_reentrant_checkpoints():
+    params = random_params(C, 2, 3)
+    xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
+    ranks = distributed.run(2, train_nested, params, xs, dys)
+    norm = SyncReference(C)
+    leaves = [x.clone().requires_grad_() for x in xs]
+    ys = norm([2 * x for x in leaves], params)
+    dxs = torch.autograd.grad(ys, leaves, dys)
+    for rank, found in enumerate(ranks):
+        assert_close(found['y'], ys[rank].detach(), 'y')
+        assert_close(found['dx'], dxs[rank], 'dx')
+        assert_buffers_equal(found['buffers'], norm)
 
 
 # Where nothing is to be communicated.
@@ -761,12 +834,9 @@ def train_net(rank, options, state, steps, broadcast_buffers):
     return {name: p.detach() for name, p in net.named_parameters()}, buffers(net)
 
 
-@pytest.mark.parametrize(
-    ('on_condensed', 'broadcast_buffers'),
-    [('running', False), ('freeze', False), ('running', True)],
-)
-def test_distributed_data_parallel_equals_one_process(on_condensed, broadcast_buffers):
-    options = dict(on_condensed=on_condensed, condensation_threshold=0.8, warmup=1, momentum=0.5)
+@pytest.mark.parametrize('broadcast_buffers', [False, True])
+def test_distributed_data_parallel_equals_one_process(broadcast_buffers):
+    options = dict(condensation_threshold=0.8, warmup=1, momentum=0.5)
     # One rank has no sample at all in a step, another rank has none in the next.
     sizes = [(2, 3), (0, 4), (3, 0), (1, 2), (3, 2)]
     alike = [0, 0.2, 0.95, 0, 0.95]
@@ -828,7 +898,7 @@ def used_layer(kind=UBN, **options):
     [
         (UBN, {}, (3, C, 4, 5)),
         (UBN, dict(affine_kernel=3), (3, C, 4, 5)),
-        (UBN, dict(affine=False, on_condensed='freeze'), (3, C, 4, 5)),
+        (UBN, dict(affine=False), (3, C, 4, 5)),
         (UBN1d, {}, (5, C)),
         (UBN2d, dict(affine_kernel=3, centering=False), (3, C, 4, 5)),
         (UBN3d, dict(scaling=False), (2, C, 3, 2, 2)),

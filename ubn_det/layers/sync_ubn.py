@@ -37,7 +37,8 @@ class SyncUBN(UBN):
     Raises:
         TypeError: ``process_group`` is no group.
         RuntimeError: This rank is not in ``process_group``, or the group was destroyed or lost in
-            pickling.
+            pickling; or, in reentrant activation checkpointing, an input requires a gradient on
+            some ranks only, which would wait for the others in the backward pass.
     """
 
     def __init__(

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checkpointing
+
 _DESTROYED = (
     'process_group of this SyncUBN was destroyed: set layer.process_group to another group, None '
     'for all ranks'
@@ -45,12 +47,28 @@ def check_exists(group: dist.ProcessGroup | None) -> None:
 
 
 def gather(summary: Tensor, group: str) -> Tensor:
-    """Return the summaries of all ranks, (ranks, 2 C + 3), by one all_gather."""
+    """Return the summaries of all ranks, (ranks, 2 C + 3), by one all_gather.
+
+    Raises:
+        RuntimeError: In reentrant checkpointing, some ranks will come here again and others not.
+    """
+    has_second_run = checkpointing.has_second_run()
+    if has_second_run is not None:
+        # Reentrant checkpointing is rare, and may wait for the device below.
+        summary = torch.cat([summary, summary.new_full((1,), has_second_run)])
     process_group = resolve(group)
     gathered = summary.new_empty(dist.get_world_size(process_group), summary.numel())
     # Into a list of tensors NCCL would copy every rank's part once more, by a kernel each.
     dist.all_gather_into_tensor(gathered.view(-1), summary, group=process_group)
-    return gathered
+    if has_second_run is None:
+        return gathered
+    if (gathered[:, -1] != has_second_run).any():
+        raise RuntimeError(
+            'SyncUBN in reentrant activation checkpointing: on some ranks no input of the '
+            'checkpoint requires a gradient, and the others would wait for them in the backward '
+            'pass. Use use_reentrant=False, or an input that requires a gradient on all ranks'
+        )
+    return gathered[:, :-1]
 
 
 def combine(gathered: Tensor) -> Tensor:

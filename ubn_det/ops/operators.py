@@ -6,18 +6,15 @@ the same steps: ``moments``, ``normalize``, ``reduce``, ``input_gradient``; betw
 has its collectives.
 """
 
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library, fallthrough_kernel
 
-from . import dispatch, gate
+from . import checkpointing, dispatch, gate
 from .collectives import combine, gather, resolve
 from .gate import Buffers, Rule
 from .reference import Parameters, accumulate_dtype
@@ -165,7 +162,8 @@ def _update(
     warmup: int,
     patience: int,
 ) -> None:
-    if _is_recomputation():
+    if checkpointing.is_second_run():
+        # Counted before.
         return
     rule = Rule(momentum, condensation_threshold, warmup, patience)
     kernels = dispatch.kernels_of(summary)
@@ -173,29 +171,6 @@ def _update(
         gate.update(Buffers(*buffers), summary, rule)
     else:
         kernels.update(buffers, summary, *rule)
-
-
-def _is_recomputation() -> bool:
-    """Whether activation checkpointing runs a forward again: a batch counts once.
-
-    torch does not tell, so the calls that led here are looked at: the nearest that belongs either
-    to checkpointing's second run or to a backward pass.
-    """
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == torch.utils.checkpoint.__file__ and code.co_name in _SECOND_RUN:
-            return True
-        if code is torch.autograd.graph._engine_run_backward.__code__:
-            return False
-        frame = frame.f_back
-    return False
-
-
-# Of reentrant checkpointing and of the other.
-_SECOND_RUN = ('backward', 'recompute_fn')
 
 
 def _split(summary: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +222,7 @@ class _Normalization(torch.autograd.Function):
             # Ranks that share the statistics wait for this one.
             dy = torch.zeros_like(x)
         # As x is stored, whatever the order of the next layer's gradient.
-        dy = dy.contiguous(memory_format=dispatch.memory_format_of(x))
+        dy = dy.contiguous(memory_format=ctx.memory_format)
         dx, *rest = _backward_operator(
             *(dy, x, m, mean, var, count, _widened(x, parameters), ctx.eps, ctx.gain),
             *(ctx.needs_input_grad[0], ctx.group),
@@ -259,19 +234,33 @@ class _Normalization(torch.autograd.Function):
 
 class _Train(_Normalization):
     @staticmethod
-    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *parameters, eps, gain, is_scored, group = rest
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        center_weight: Tensor | None,
+        scale_weight: Tensor | None,
+        scale_bias: Tensor | None,
+        neighbour_weight: Tensor | None,
+        eps: float,
+        gain: float,
+        is_scored: bool,
+        group: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # One by one: torch.compile counts the arguments.
+        parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
         return _train_operator(x, _widened(x, parameters), eps, gain, is_scored, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *parameters, ctx.eps, ctx.gain, _, ctx.group = inputs
+        ctx.memory_format = dispatch.memory_format_of(x)
         _, m, summary = output
         ctx.mark_non_differentiable(m, summary)
         ctx.set_materialize_grads(False)
-        # Whether to keep m is never asked of a symbolic shape, which would fix its range.
+        # What is compiled keeps m of any map: to ask for the size would fix its range.
         num_values = x.shape[2] * x.shape[3]
-        is_kept = isinstance(num_values, torch.SymInt) or (
+        is_kept = torch.compiler.is_compiling() or (
             m.element_size() <= _MAX_KEPT * num_values * x.element_size()
         )
         mean, var = _split(summary)
@@ -280,8 +269,21 @@ class _Train(_Normalization):
 
 class _Evaluate(_Normalization):
     @staticmethod
-    def forward(x: Tensor, *rest: Any) -> Tensor:
-        *parameters, mean, var, eps, gain = rest
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        center_weight: Tensor | None,
+        scale_weight: Tensor | None,
+        scale_bias: Tensor | None,
+        neighbour_weight: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        gain: float,
+    ) -> Tensor:
+        # As above.
+        parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
         dtype = accumulate_dtype(x.dtype)
         return _evaluate_operator(
             x, mean.to(dtype), var.to(dtype), _widened(x, parameters), eps, gain
@@ -290,6 +292,7 @@ class _Evaluate(_Normalization):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *parameters, mean, var, ctx.eps, ctx.gain = inputs
+        ctx.memory_format = dispatch.memory_format_of(x)
         ctx.group = None
         ctx.set_materialize_grads(False)
         # A training forward before the backward pass moves the running statistics in place.

@@ -146,6 +146,9 @@ def _affine_with_neighbours(z: Tensor, p: Parameters) -> Tensor:
     num_dims = z.dim() - 2
     centre = p.weight[(..., *[None] * (num_dims + 1))]
     kernel = p.neighbour_weight + F.pad(centre, [half] * (2 * num_dims))
+    if _is_empty(z):
+        # Convolutions refuse maps without values. This keeps the parameters in the graph.
+        return z * _per_channel(kernel.flatten(1).sum(1), z) + _per_channel(p.bias, z)
     with _without_autocast(z):
         return _CONVOLUTIONS[z.dim()](z, kernel, p.bias, padding=half, groups=kernel.shape[0])
 
@@ -164,8 +167,12 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
 def _plane_mean(x: Tensor) -> Tensor:
     dims = list(range(2, x.dim()))
     # Over no dimensions, mean() would be that over all, and of no values it would be NaN.
-    has_mean = dims and (torch.jit.is_tracing() or x.numel())
-    return x.mean(dims, keepdim=True) if has_mean else x
+    return x.mean(dims, keepdim=True) if dims and not _is_empty(x) else x
+
+
+def _is_empty(x: Tensor) -> bool:
+    # What torch.jit traces has no branch for it.
+    return not torch.jit.is_tracing() and x.numel() == 0
 
 
 def _summarize(x: Tensor, mean: Tensor, var: Tensor, is_scored: bool) -> Tensor:

@@ -66,7 +66,7 @@ def train(
         x = x.detach().requires_grad_()
     maps, implementation = _prepare(x, parameters)
     y, summary = implementation.train(maps, parameters, eps, gain, is_scored, group)
-    return y if y.dim() == x.dim() else y.view(x.shape), summary
+    return _restore(y, x), summary
 
 
 def evaluate(
@@ -87,7 +87,7 @@ def evaluate(
     """
     maps, implementation = _prepare(x, parameters)
     y = implementation.evaluate(maps, mean, var, parameters, eps, gain)
-    return y if y.dim() == x.dim() else y.view(x.shape)
+    return _restore(y, x)
 
 
 def describe(x: Tensor, center_weight: Tensor | None, gain: float) -> Tensor:
@@ -121,10 +121,9 @@ def _prepare(x: Tensor, parameters: Parameters) -> tuple[Tensor, ModuleType]:
     """Return the features as the implementation that serves them takes them, and that one."""
     neighbour_weight = parameters.neighbour_weight
     has_kernels = dispatch.has_kernels(x, parameters)
-    if has_kernels:
-        x = x.contiguous(memory_format=dispatch.memory_format_of(x))
-        if x.dim() > 4:
-            x = x.flatten(2, -2)
+    x = x.contiguous(memory_format=dispatch.memory_format_of(x))
+    if has_kernels and x.dim() > 4:
+        x = x.flatten(2, -2)
     num_dims = 4 if has_kernels else 0
     if neighbour_weight is not None:
         num_dims = neighbour_weight.dim()
@@ -132,3 +131,10 @@ def _prepare(x: Tensor, parameters: Parameters) -> tuple[Tensor, ModuleType]:
         # A map of height 1.
         x = x.unsqueeze(2)
     return x, operators if has_kernels else reference
+
+
+def _restore(y: Tensor, x: Tensor) -> Tensor:
+    """Return the output in the shape and the memory format of the features."""
+    y = y if y.dim() == x.dim() else y.view(x.shape)
+    # Some convolutions return another one than they got.
+    return y.contiguous(memory_format=dispatch.memory_format_of(x))
