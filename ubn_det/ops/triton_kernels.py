@@ -80,7 +80,7 @@ _SIZES = (
     'mean_pixels',
     'channel_programs',
     'vector_programs',
-    'warmup',
+    'num_warmup',
     'patience',
 )
 _jit = functools.partial(triton.jit, do_not_specialize=_SIZES)
@@ -642,7 +642,7 @@ def _normalize_kernel(
         target = y + n * sample + c * channel
         if VISIT:
             flat = tl.cdiv(M, PIXELS)
-            m, _, _ = _moments_of(planes, (), pixel, column, valid, 0, flat, M, PIXELS, 1)
+            m = _moments_of(planes, (), pixel, column, valid, 0, flat, M, PIXELS, 1)[0]
         else:
             m = _plane_mean(means, n, c, valid, mu, N, C, M, mean_chunks, mean_pixels, MEAN_CHUNKS)
         r, k, g = _gate(m, mu, variance, w_c, w_s, b_s, eps)
@@ -701,7 +701,7 @@ def _update_kernel(
     momentum,
     threshold,
     C,
-    warmup,
+    num_warmup,
     patience,
     HAS_MOMENTUM: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
@@ -735,7 +735,7 @@ def _update_kernel(
         defined = seen & (pairs > 0) & (score == score)
         tl.store(condensation, tl.where(defined, score, tl.load(condensation)))
         if HAS_MOMENTUM:
-            over = defined & (score > threshold) & (tracked >= warmup)
+            over = defined & (score > threshold) & (tracked >= num_warmup)
     starved = consecutive >= patience
     is_open = seen & finite & ((over == 0) | starved)
     is_closed = seen & (is_open == 0)
@@ -1086,9 +1086,9 @@ def _input_gradient_kernel(
                 s0 = tl.load(sums + place, mask=there, other=0)
                 s1 = tl.load(sums + planes + place, mask=there, other=0)
                 m = tl.load(m_pointer + place, mask=there, other=0)
-                _, _, _, d_centered = _plane_gradient(
+                d_centered = _plane_gradient(
                     s0, s1, m, mu, variance, w_c, w_s, b_s, d_mean, d_var, share, eps, M, BATCH
-                )
+                )[3]
                 total += tl.where(there, d_centered * m, 0)
             total = tl.sum(total, 1, keep_dims=True) / gain
             tl.store(d_center_weight + c, total, mask=valid)
@@ -1107,9 +1107,9 @@ def _input_gradient_kernel(
             s0 = tl.load(sums + place, mask=valid, other=0)
             s1 = tl.load(sums + planes + place, mask=valid, other=0)
             m = tl.load(m_pointer + place, mask=valid, other=0)
-            A, P, Q, _ = _plane_gradient(
+            A, P, Q = _plane_gradient(
                 s0, s1, m, mu, variance, w_c, w_s, b_s, d_mean, d_var, share, eps, M, BATCH
-            )
+            )[:3]
             offset = n * sample + c * channel
             # dh in the rows row - PAD to row + PAD, from the rows of dy so far.
             gradients = _zeros(SIZE, CHANNELS, PIXELS)
@@ -1125,8 +1125,8 @@ def _input_gradient_kernel(
                         done = start + i - PAD
                         there = valid & (done >= top)
                         there &= _inside(done, column, width, rows, M, SIZE)
-                        place = offset + done * line + column * pixel
-                        values += (tl.load(x + place, mask=there, other=0).to(tl.float32),)
+                        at = offset + done * line + column * pixel
+                        values += (tl.load(x + at, mask=there, other=0).to(tl.float32),)
                 for row in tl.static_range(ROWS):
                     for j in tl.static_range(SIZE):
                         more = ()
@@ -1140,8 +1140,8 @@ def _input_gradient_kernel(
                     value = A * gradients[0] + Q
                     if BATCH:
                         value += P * (values[row] - m)
-                    place = offset + done * line + column * pixel
-                    tl.store(dx + place, value.to(dx.dtype.element_ty), mask=there)
+                    at = offset + done * line + column * pixel
+                    tl.store(dx + at, value.to(dx.dtype.element_ty), mask=there)
                     gradients = gradients[1:] + _zeros(1, CHANNELS, PIXELS)
 
 
@@ -1206,8 +1206,12 @@ def _power(value: int) -> int:
     return triton.next_power_of_2(value)
 
 
-def _string_tile(x: Tensor, size: int) -> tuple[int, int]:
-    """CHANNELS and PIXELS where a plane is a string: about ``size`` values, few of them void."""
+def _string_tile(x: Tensor, size: int, most: int | None = None) -> tuple[int, int]:
+    """CHANNELS and PIXELS where a plane is a string.
+
+    They make about ``size`` values, few of them void; in no more channels than put ``most`` into
+    each of 128 threads.
+    """
     C, M = x.shape[1], x.shape[2] * x.shape[3]
     if _is_channels_last(x):
         channels = min(_power(C), max(64, size // _power(M)))
@@ -1220,7 +1224,9 @@ def _string_tile(x: Tensor, size: int) -> tuple[int, int]:
     covered = [triton.cdiv(M, choice) * choice for choice in choices]
     limit = 1.25 * min(covered)
     pixels = next(choice for choice, all in zip(choices, covered, strict=True) if all <= limit)
-    return min(_power(C), size // pixels), pixels
+    if most is not None:
+        size = min(size, 128 * most * _aligned(x))
+    return min(_power(C), max(size // pixels, 1)), pixels
 
 
 def _row_tile(x: Tensor, per_thread: int) -> tuple[int, int, int]:
@@ -1241,8 +1247,12 @@ def _row_tile(x: Tensor, per_thread: int) -> tuple[int, int, int]:
 
 
 def _aligned(x: Tensor) -> int:
+    """How many values a load of a thread may take, as the shape allows.
+
+    Not more than 4 of a channels_last map: they are as many channels.
+    """
     C, M = x.shape[1], x.shape[2] * x.shape[3]
-    return math.gcd(C if _is_channels_last(x) else M, 16)
+    return math.gcd(C, 4) if _is_channels_last(x) else math.gcd(M, 16)
 
 
 def _plan(x: Tensor, size: int, per_thread: int, rows: int, is_whole: bool = False) -> _Plan:
@@ -1258,7 +1268,7 @@ def _plan(x: Tensor, size: int, per_thread: int, rows: int, is_whole: bool = Fal
     (N, C, H, W), M = x.shape, x.shape[2] * x.shape[3]
     if size == 1:
         warps = 4
-        channels, pixels = _string_tile(x, 32 * warps * per_thread)
+        channels, pixels = _string_tile(x, 32 * warps * per_thread, 2)
         num_rows, blocks, shortest = triton.cdiv(M, pixels), 1, 2
     else:
         channels, pixels, warps = _row_tile(x, per_thread)
@@ -1708,7 +1718,7 @@ def update(
             momentum=0.0 if momentum is None else momentum,
             threshold=0.0 if threshold is None else threshold,
             C=C,
-            warmup=warmup,
+            num_warmup=warmup,
             patience=patience,
             HAS_MOMENTUM=momentum is not None,
             HAS_THRESHOLD=threshold is not None,
