@@ -120,23 +120,27 @@ def _strides(C, M, CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @_jit
-def _inside(row, column, W, rows, M, SIZE: tl.constexpr):
-    """Which pixels lie within their plane."""
+def _columns(valid, row, first, last, W, M, SIZE: tl.constexpr):
+    """How many columns a row has: 0 where it is not one of first to last, or has no channel."""
+    num = W
     if SIZE == 1:
-        inside = row * W + column < M
-    else:
-        inside = (column >= 0) & (column < W) & (row >= 0) & (row < rows)
-    return inside
+        num = tl.maximum(M - row * W, 0)
+    return tl.where(valid & (row >= first) & (row < last), num, 0)
 
 
 @_jit
-def _load_row(planes, row, column, valid, line, pixel, W, rows, M, SIZE: tl.constexpr):
-    """Row of a map, once per column of the kernel: SIZE tensors, 0 outside of the plane."""
+def _within(column, columns):
+    """Whether 0 <= column < columns, in one comparison."""
+    return column.to(tl.uint32, bitcast=True) < columns.to(tl.uint32, bitcast=True)
+
+
+@_jit
+def _load_row(pointers, column, columns, pixel, SIZE: tl.constexpr):
+    """A row, once per column of the kernel: SIZE tensors, 0 outside of the map."""
     values = ()
     for j in tl.static_range(SIZE):
-        p = column + (j - SIZE // 2)
-        there = valid & _inside(row, p, W, rows, M, SIZE)
-        value = tl.load(planes + row * line + p * pixel, mask=there, other=0)
+        there = _within(column + (j - SIZE // 2), columns)
+        value = tl.load(pointers + (j - SIZE // 2) * pixel, mask=there, other=0)
         values += (value.to(tl.float32),)
     return values
 
@@ -252,13 +256,15 @@ def _plane_mean(
         pointer = means + n * C.to(tl.int64) + c
         m = tl.load(pointer, mask=valid, other=0).to(tl.float32)
         if MEAN_CHUNKS > 1:
-            chunk = tl.arange(0, MEAN_CHUNKS)[None, :]
-            there = valid & (chunk < mean_chunks)
+            base = m
             step = N.to(tl.int64) * C
-            parts = tl.load(pointer + chunk * step, mask=there, other=0)
-            count = tl.minimum(M - chunk * mean_pixels, mean_pixels)
-            share = count.to(tl.float32) / M
-            m += tl.sum(tl.where(there, share * (parts - m), 0), 1, keep_dims=True)
+            for start in range(0, mean_chunks, MEAN_CHUNKS):
+                chunk = start + tl.arange(0, MEAN_CHUNKS)[None, :]
+                there = valid & (chunk < mean_chunks)
+                part = tl.load(pointer + chunk * step, mask=there, other=0)
+                count = tl.minimum(M - chunk * mean_pixels, mean_pixels)
+                share = count.to(tl.float32) / M
+                m += tl.sum(tl.where(there, share * (part - base), 0), 1, keep_dims=True)
     return m
 
 
@@ -358,9 +364,9 @@ def _summarize_channels(
 ):
     """The part of _summary_kernel that takes mean and var of CHANNELS channels."""
     c = index * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
-    chunk = tl.arange(0, CHUNKS)[None, :, None]
+    lane = tl.arange(0, CHUNKS)[None, :, None]
+    planes = N.to(tl.int64) * C
     scale = 1 + _load_channels(center_weight, c, c < C, gain, 0.0)
-    count = tl.maximum(tl.minimum(M - chunk * mean_pixels, mean_pixels), 0).to(tl.float32)
     # All counts from the first chunk of the first plane, so that a large offset costs no digits.
     origin = tl.load(means + c, mask=c < C, other=0)
 
@@ -372,15 +378,26 @@ def _summarize_channels(
     for start in range(0, N, SAMPLES):
         n = start + tl.arange(0, SAMPLES)[:, None, None]
         valid = (n < N) & (c < C)
-        there = valid & (chunk < chunks)
-        place = (chunk * N + n).to(tl.int64) * C + c
-        part = tl.load(means + place, mask=there, other=0)
-        base = tl.load(means + n * C.to(tl.int64) + c, mask=valid, other=0)
-        shift = tl.where(there, part - base, 0)
-        offset = tl.sum(count * shift, 1, keep_dims=True) / M
-        deviation = tl.load(deviations + place, mask=there, other=0)
-        deviation += tl.where(there, count * (shift - offset) * (shift - offset), 0)
-        tl.store(m + n * C.to(tl.int64) + c, base + offset, mask=valid)
+        place = n * C.to(tl.int64) + c
+        base = tl.load(means + place, mask=valid, other=0)
+        offset = tl.zeros((SAMPLES, CHUNKS, CHANNELS), tl.float32)
+        for start_chunk in range(0, chunks, CHUNKS):
+            chunk = start_chunk + lane
+            there = valid & (chunk < chunks)
+            part = tl.load(means + place + chunk * planes, mask=there, other=0)
+            count = tl.minimum(M - chunk * mean_pixels, mean_pixels).to(tl.float32)
+            offset += tl.where(there, count * (part - base), 0)
+        offset = tl.sum(offset, 1, keep_dims=True) / M
+        deviation = tl.zeros((SAMPLES, CHUNKS, CHANNELS), tl.float32)
+        for start_chunk in range(0, chunks, CHUNKS):
+            chunk = start_chunk + lane
+            there = valid & (chunk < chunks)
+            part = tl.load(means + place + chunk * planes, mask=there, other=0)
+            count = tl.minimum(M - chunk * mean_pixels, mean_pixels).to(tl.float32)
+            shift = part - base - offset
+            deviation += tl.load(deviations + place + chunk * planes, mask=there, other=0)
+            deviation += tl.where(there, count * shift * shift, 0)
+        tl.store(m + place, base + offset, mask=valid)
         num += 1
         delta = tl.where(valid, scale * (base - origin + offset) - average, 0)
         average += delta / num
@@ -638,11 +655,10 @@ def _normalize_kernel(
         last_block = blocks
 
     for n in range(first, last):
-        planes = x + n * sample + c * channel
-        target = y + n * sample + c * channel
+        offset = n * sample + c * channel
         if VISIT:
             flat = tl.cdiv(M, PIXELS)
-            m = _moments_of(planes, (), pixel, column, valid, 0, flat, M, PIXELS, 1)[0]
+            m = _moments_of(x + offset, (), pixel, column, valid, 0, flat, M, PIXELS, 1)[0]
         else:
             m = _plane_mean(means, n, c, valid, mu, N, C, M, mean_chunks, mean_pixels, MEAN_CHUNKS)
         r, k, g = _gate(m, mu, variance, w_c, w_s, b_s, eps)
@@ -650,30 +666,31 @@ def _normalize_kernel(
         B = g * k
         for block in range(first_block, last_block):
             p = block * PIXELS + column
+            source = x + offset + p * pixel
+            target = y + offset + p * pixel
             # Rows row - PAD to row + PAD of y, from the rows of x so far.
             sums = ()
             for _ in tl.static_range(SIZE):
                 sums += (tl.zeros((CHANNELS, PIXELS), tl.float32) + shift,)
             for start in range(top - PAD, bottom + PAD, ROWS):
-                # Loads do not pass stores, so that those of several rows come first.
+                # No load passes a store, so those of several rows come first.
                 loaded = ()
                 for i in tl.static_range(ROWS):
-                    loaded += _load_row(
-                        planes, start + i, p, valid, line, pixel, width, rows, M, SIZE
-                    )
+                    columns = _columns(valid, start + i, 0, rows, width, M, SIZE)
+                    loaded += _load_row(source + (start + i) * line, p, columns, pixel, SIZE)
                 for row in tl.static_range(ROWS):
+                    columns = _columns(valid, start + row, 0, rows, width, M, SIZE)
                     for j in tl.static_range(SIZE):
-                        there = valid & _inside(start + row, p + (j - PAD), width, rows, M, SIZE)
-                        h = tl.where(there, A * (loaded[row * SIZE + j] - m) + B, 0)
+                        h = A * (loaded[row * SIZE + j] - m) + B
+                        h = tl.where(_within(p + (j - PAD), columns), h, 0)
                         more = ()
                         for i in tl.static_range(SIZE):
                             more += (sums[i] + taps[(SIZE - 1 - i) * SIZE + j] * h,)
                         sums = more
                     done = start + row - PAD
-                    there = valid & (done >= top) & (done < bottom)
-                    there &= _inside(done, p, width, rows, M, SIZE)
+                    columns = _columns(valid, done, top, bottom, width, M, SIZE)
                     value = sums[0].to(y.dtype.element_ty)
-                    tl.store(target + done * line + p * pixel, value, mask=there)
+                    tl.store(target + done * line, value, mask=_within(p, columns))
                     sums = sums[1:] + (tl.zeros((CHANNELS, PIXELS), tl.float32) + shift,)
 
 
@@ -801,8 +818,8 @@ def _reduce_kernel(
 ):
     """Sums over chunks of planes: S0 and S1 of each plane, dK and d_bias over the samples.
 
-    c[d] and b[d] stay apart per column: what the border of the map leaves out of them is then a
-    matter of which columns, and which of the sums over rows, are added in the end.
+    b[d] comes from the sums of dy over the rows, column by column: what the border of the map
+    leaves out is then a matter of which columns are added in the end.
 
     Args:
         m_pointer: (N, C), to be written, or None.
@@ -826,35 +843,31 @@ def _reduce_kernel(
     top = chunk // blocks * lines
     bottom = tl.minimum(top + lines, rows)
 
-    d_taps = _zeros(SIZE * SIZE, CHANNELS, PIXELS)
-    d_bias = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    taps = _load_taps(weight, neighbour_weight, c, valid, gain, SIZE)
+
+    d_taps = _zeros(SIZE * SIZE, CHANNELS, 1)
+    d_bias = tl.zeros((CHANNELS, 1), tl.float32)
     for n in range(first, last):
         m = _plane_mean(means, n, c, valid, mu, N, C, M, mean_chunks, mean_pixels, MEAN_CHUNKS)
         place = n * C.to(tl.int64) + c
         if m_pointer is not None:
             tl.store(m_pointer + place, m, mask=valid & (chunk == 0))
-        source = x + n * sample + c * channel
-        gradient = dy + n * sample + c * channel
-        # c[d], and b[d] but for its columns.
+        offset = n * sample + c * channel + column * pixel
         products = _zeros(SIZE * SIZE, CHANNELS, PIXELS)
-        borders = _zeros(SIZE, CHANNELS, PIXELS)
+        total = tl.zeros((CHANNELS, PIXELS), tl.float32)
         # dy in the rows row - PAD to row + PAD.
         window = _zeros(SIZE, CHANNELS, PIXELS)
         for row in tl.range(top - PAD, bottom + PAD, loop_unroll_factor=ROWS):
             ahead = row + PAD
-            there = valid & (ahead < bottom) & _inside(ahead, column, width, rows, M, SIZE)
-            value = tl.load(gradient + ahead * line + column * pixel, mask=there, other=0)
-            value = value.to(tl.float32)
+            columns = _columns(valid, ahead, top, bottom, width, M, SIZE)
+            value = _load_row(dy + offset + ahead * line, column, columns, pixel, 1)[0]
             window = window[1:] + (value,)
-            more = ()
-            for i in tl.static_range(SIZE):
-                kept = (row + i >= 0) & (row + i < rows)
-                more += (borders[i] + tl.where(kept, value, 0),)
-            borders = more
-            loaded = _load_row(source, row, column, valid, line, pixel, width, rows, M, SIZE)
+            total += value
+            columns = _columns(valid, row, 0, rows, width, M, SIZE)
+            loaded = _load_row(x + offset + row * line, column, columns, pixel, SIZE)
             shifted = ()
             for j in tl.static_range(SIZE):
-                there = valid & _inside(row, column + (j - PAD), width, rows, M, SIZE)
+                there = _within(column + (j - PAD), columns)
                 shifted += (tl.where(there, loaded[j] - m, 0),)
             more = ()
             for i in tl.static_range(SIZE):
@@ -862,40 +875,54 @@ def _reduce_kernel(
                     more += (products[i * SIZE + j] + window[SIZE - 1 - i] * shifted[j],)
             products = more
 
+        # The rows of dy that reach p + d in row i - PAD from their own: all but the first PAD - i,
+        # or the last i - PAD.
+        above = (total,)
+        below = (total,)
+        for i in tl.static_range(PAD):
+            columns = _columns(valid, i, top, bottom, width, M, SIZE)
+            value = _load_row(dy + offset + i * line, column, columns, pixel, 1)[0]
+            above = (above[0] - value,) + above
+            row = rows - 1 - i
+            columns = _columns(valid, row, top, bottom, width, M, SIZE)
+            value = _load_row(dy + offset + row * line, column, columns, pixel, 1)[0]
+            below += (below[i] - value,)
+        borders = above + below[1:]
+
         r, k, g = _gate(m, mu, variance, w_c, w_s, b_s, eps)
-        s0 = tl.zeros((CHANNELS, PIXELS), tl.float32)
-        s1 = tl.zeros((CHANNELS, PIXELS), tl.float32)
-        taps = _load_taps(weight, neighbour_weight, c, valid, gain, SIZE)
+        s0 = tl.zeros((CHANNELS, 1), tl.float32)
+        s1 = tl.zeros((CHANNELS, 1), tl.float32)
         more = ()
         for i in tl.static_range(SIZE):
             for j in tl.static_range(SIZE):
                 border = borders[i]
-                if SIZE > 1:
-                    p = column + (j - PAD)
-                    border = tl.where((p >= 0) & (p < W), border, 0)
-                tap = taps[i * SIZE + j]
-                s0 += tap * border
-                s1 += tap * products[i * SIZE + j]
-                more += (d_taps[i * SIZE + j] + g * (r * products[i * SIZE + j] + k * border),)
+                if j != PAD:
+                    columns = tl.where(valid, width, 0)
+                    border = tl.where(_within(column + (j - PAD), columns), border, 0)
+                border = tl.sum(border, 1, keep_dims=True)
+                product = tl.sum(products[i * SIZE + j], 1, keep_dims=True)
+                s0 += taps[i * SIZE + j] * border
+                s1 += taps[i * SIZE + j] * product
+                more += (d_taps[i * SIZE + j] + g * (r * product + k * border),)
         d_taps = more
-        d_bias += borders[PAD]
+        d_bias += tl.sum(total, 1, keep_dims=True)
         planes = N.to(tl.int64) * C
         place += chunk * planes
-        tl.store(sums + place, tl.sum(s0, 1, keep_dims=True), mask=valid)
-        tl.store(sums + chunks * planes + place, tl.sum(s1, 1, keep_dims=True), mask=valid)
+        tl.store(sums + place, s0, mask=valid)
+        tl.store(sums + chunks * planes + place, s1, mask=valid)
 
     if taps_sums is not None:
         part = (first // samples * chunks + chunk).to(tl.int64)
         target = taps_sums + part * (SIZE * SIZE + 1) * C + c
         for i in tl.static_range(SIZE * SIZE):
-            tl.store(target + i * C, tl.sum(d_taps[i], 1, keep_dims=True), mask=valid)
-        tl.store(target + SIZE * SIZE * C, tl.sum(d_bias, 1, keep_dims=True), mask=valid)
+            tl.store(target + i * C, d_taps[i], mask=valid)
+        tl.store(target + SIZE * SIZE * C, d_bias, mask=valid)
 
 
 @_jit
-def _channel_kernel(
+def _sum_channels(
+    c,
     sums,
-    taps_sums,
     m,
     mean,
     var,
@@ -904,34 +931,18 @@ def _channel_kernel(
     scale_bias,
     plane_sums,
     d_statistics,
-    d_weight,
-    d_bias,
     d_scale_weight,
     d_scale_bias,
-    d_neighbour_weight,
     eps,
     gain,
     N,
     C,
     chunks,
-    parts,
-    SIZE: tl.constexpr,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PARTS: tl.constexpr,
-    TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Everything per channel in the backward, CHANNELS by program, from the sums of chunks.
-
-    Args:
-        sums, taps_sums: As _reduce_kernel writes them.
-        plane_sums: (2, N, C), to be written.
-        d_statistics: (2, C), to be written, as are the gradients, where not None.
-        TAPS: SIZE * SIZE + 1 or more.
-    """
-    block = tl.program_id(0) * CHANNELS
-    c = block + tl.arange(0, CHANNELS)[None, None, :]
+    """The part of _channel_kernel that sums over samples."""
     planes = N.to(tl.int64) * C
     mu = _load_channels(mean, c, c < C, 1.0, 0.0)
     variance = _load_channels(var, c, c < C, 1.0, 0.0)
@@ -973,24 +984,89 @@ def _channel_kernel(
         tl.store(d_scale_weight + c, tl.sum(sum_slope, 0, keep_dims=True) / gain, mask=c < C)
         tl.store(d_scale_bias + c, tl.sum(sum_logit, 0, keep_dims=True) / gain, mask=c < C)
 
-    if taps_sums is not None:
-        tap = tl.arange(0, TAPS)[None, :, None]
-        total = tl.zeros((PARTS, TAPS, CHANNELS), tl.float32)
+
+@_jit
+def _channel_kernel(
+    sums,
+    taps_sums,
+    m,
+    mean,
+    var,
+    center_weight,
+    scale_weight,
+    scale_bias,
+    plane_sums,
+    d_statistics,
+    d_weight,
+    d_bias,
+    d_scale_weight,
+    d_scale_bias,
+    d_neighbour_weight,
+    eps,
+    gain,
+    N,
+    C,
+    chunks,
+    parts,
+    SIZE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TASKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Everything per channel in the backward, CHANNELS by program, from the sums of chunks.
+
+    Of TASKS programs for the same channels, the first sums over samples, the others take a tap
+    of K each, and the last one d_bias.
+
+    Args:
+        sums, taps_sums: As _reduce_kernel writes them.
+        plane_sums: (2, N, C), to be written.
+        d_statistics: (2, C), to be written, as are the gradients, where not None.
+    """
+    index = tl.program_id(0)
+    c = index // TASKS * CHANNELS + tl.arange(0, CHANNELS)
+    task = index % TASKS
+    if task > 0:
+        tap = task - 1
+        total = tl.zeros((PARTS, CHANNELS), tl.float32)
         for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)[:, None, None]
-            there = (part < parts) & (tap <= SIZE * SIZE) & (c < C)
-            place = (part.to(tl.int64) * (SIZE * SIZE + 1) + tap) * C + c
+            part = start + tl.arange(0, PARTS)[:, None]
+            place = (part.to(tl.int64) * (TASKS - 1) + tap) * C + c[None, :]
+            there = (part < parts) & (c < C)[None, :]
             total += tl.load(taps_sums + place, mask=there, other=0)
-        total = tl.sum(total, 0, keep_dims=True)
-        if d_weight is not None:
-            there = (tap == SIZE * SIZE // 2) & (c < C)
-            tl.store(d_weight + c + tl.zeros_like(tap), total, mask=there)
-        if d_bias is not None:
-            there = (tap == SIZE * SIZE) & (c < C)
-            tl.store(d_bias + c + tl.zeros_like(tap), total, mask=there)
+        total = tl.sum(total, 0)
         if d_neighbour_weight is not None:
-            there = (tap < SIZE * SIZE) & (c < C)
+            there = (c < C) & (tap < SIZE * SIZE)
             tl.store(d_neighbour_weight + c * (SIZE * SIZE) + tap, total / gain, mask=there)
+        if d_weight is not None:
+            tl.store(d_weight + c, total, mask=(c < C) & (tap == SIZE * SIZE // 2))
+        if d_bias is not None:
+            tl.store(d_bias + c, total, mask=(c < C) & (tap == SIZE * SIZE))
+    else:
+        _sum_channels(
+            c[None, None, :],
+            sums,
+            m,
+            mean,
+            var,
+            center_weight,
+            scale_weight,
+            scale_bias,
+            plane_sums,
+            d_statistics,
+            d_scale_weight,
+            d_scale_bias,
+            eps,
+            gain,
+            N,
+            C,
+            chunks,
+            SAMPLES,
+            CHUNKS,
+            CHANNELS,
+        )
 
 
 @_jit
@@ -1110,7 +1186,7 @@ def _input_gradient_kernel(
             A, P, Q = _plane_gradient(
                 s0, s1, m, mu, variance, w_c, w_s, b_s, d_mean, d_var, share, eps, M, BATCH
             )[:3]
-            offset = n * sample + c * channel
+            offset = n * sample + c * channel + column * pixel
             # dh in the rows row - PAD to row + PAD, from the rows of dy so far.
             gradients = _zeros(SIZE, CHANNELS, PIXELS)
             for start in range(top - PAD, bottom + PAD, ROWS):
@@ -1118,15 +1194,12 @@ def _input_gradient_kernel(
                 loaded = ()
                 values = ()
                 for i in tl.static_range(ROWS):
-                    loaded += _load_row(
-                        dy + offset, start + i, column, valid, line, pixel, width, rows, M, SIZE
-                    )
+                    at = offset + (start + i) * line
+                    columns = _columns(valid, start + i, 0, rows, width, M, SIZE)
+                    loaded += _load_row(dy + at, column, columns, pixel, SIZE)
                     if BATCH:
-                        done = start + i - PAD
-                        there = valid & (done >= top)
-                        there &= _inside(done, column, width, rows, M, SIZE)
-                        at = offset + done * line + column * pixel
-                        values += (tl.load(x + at, mask=there, other=0).to(tl.float32),)
+                        columns = _columns(valid, start + i - PAD, top, bottom, width, M, SIZE)
+                        values += _load_row(x + at - PAD * line, column, columns, pixel, 1)
                 for row in tl.static_range(ROWS):
                     for j in tl.static_range(SIZE):
                         more = ()
@@ -1135,13 +1208,13 @@ def _input_gradient_kernel(
                             more += (gradients[i] + tap * loaded[row * SIZE + j],)
                         gradients = more
                     done = start + row - PAD
-                    there = valid & (done >= top) & (done < bottom)
-                    there &= _inside(done, column, width, rows, M, SIZE)
                     value = A * gradients[0] + Q
                     if BATCH:
                         value += P * (values[row] - m)
-                    at = offset + done * line + column * pixel
-                    tl.store(dx + at, value.to(dx.dtype.element_ty), mask=there)
+                    value = value.to(dx.dtype.element_ty)
+                    columns = _columns(valid, done, top, bottom, width, M, SIZE)
+                    there = _within(column, columns)
+                    tl.store(dx + offset + done * line, value, mask=there)
                     gradients = gradients[1:] + _zeros(1, CHANNELS, PIXELS)
 
 
@@ -1159,11 +1232,11 @@ _PARAMETERS = (
     'neighbour_weight',
 )
 
-# By the neighbourhood's size: how many values of each kind a thread holds, and how many rows are
-# loaded at a time. Larger ones spill registers.
-_NORMALIZE_TILES = {1: (8, 2), 3: (4, 2), 5: (2, 2)}
-_REDUCE_TILES = {1: (8, 2), 3: (2, 2), 5: (2, 1)}
-_INPUT_GRADIENT_TILES = {1: (8, 2), 3: (4, 2), 5: (2, 2)}
+# By the neighbourhood's size: how many values of each kind a thread holds, in how many channels at
+# most, and how many rows are loaded at a time. Larger ones spill registers.
+_NORMALIZE_TILES = {1: (8, 2, 2), 3: (4, 2, 2), 5: (2, 1, 2)}
+_REDUCE_TILES = {1: (8, 2, 2), 3: (4, 2, 1), 5: (2, 1, 1)}
+_INPUT_GRADIENT_TILES = {1: (8, 2, 2), 3: (4, 2, 2), 5: (2, 1, 2)}
 
 
 class _Plan(NamedTuple):
@@ -1229,21 +1302,29 @@ def _string_tile(x: Tensor, size: int, most: int | None = None) -> tuple[int, in
     return min(_power(C), max(size // pixels, 1)), pixels
 
 
-def _row_tile(x: Tensor, per_thread: int) -> tuple[int, int, int]:
+def _row_tile(x: Tensor, per_thread: int, most: int) -> tuple[int, int, int]:
     """CHANNELS, PIXELS and warps where a plane is a map of rows.
 
-    A thread holds ``per_thread`` values of each kind, in as few channels as possible: it holds
-    the kernels of all of its channels.
+    A thread holds ``per_thread`` values of each kind, in no more than ``most`` channels: it also
+    holds their kernels.
     """
     C, W = x.shape[1], x.shape[3]
     if _is_channels_last(x):
         channels = min(32, _power(C))
         return channels, min(_power(W), 128 * per_thread // channels), 4
-    # Void columns cost as much as those that neighbouring blocks read twice.
-    choices = [256, 128, 64, 32, 16, 8]
+    # Void columns cost as much as those that neighbouring blocks read twice. One warp adds up its
+    # pixels without the others.
+    choices = [128, 64, 32, 16, 8]
+    choices = [choice for choice in choices if choice <= 32 * per_thread]
     pixels = min(choices, key=lambda choice: triton.cdiv(W, choice) * (choice + 8))
-    warps = min(max(pixels // (32 * per_thread), 1), 4)
-    return min(_power(C), max(32 * per_thread * warps // pixels, 1)), pixels, warps
+    channels = min(32 * per_thread // pixels, max(32 * most // pixels, 1) if pixels < 32 else most)
+    return min(_power(C), channels), pixels, 1
+
+
+def _summary_tile(N: int, chunks: int) -> tuple[int, int]:
+    """How many samples and chunks are added up at a time."""
+    chunks = min(_power(chunks), 512)
+    return min(_power(N), 512 // chunks), chunks
 
 
 def _aligned(x: Tensor) -> int:
@@ -1255,23 +1336,26 @@ def _aligned(x: Tensor) -> int:
     return math.gcd(C, 4) if _is_channels_last(x) else math.gcd(M, 16)
 
 
-def _plan(x: Tensor, size: int, per_thread: int, rows: int, is_whole: bool = False) -> _Plan:
+def _plan(
+    x: Tensor, size: int, per_thread: int, most: int, rows: int, is_whole: bool = False
+) -> _Plan:
     """Plan a pass over x.
 
     Args:
         x (Tensor): The map.
         size (int): Of the neighbourhood.
         per_thread (int): How many values of each kind a thread holds.
+        most (int): In how many channels at most.
         rows (int): How many rows are loaded at a time.
         is_whole (bool): Whether a program takes planes as a whole.
     """
     (N, C, H, W), M = x.shape, x.shape[2] * x.shape[3]
     if size == 1:
         warps = 4
-        channels, pixels = _string_tile(x, 32 * warps * per_thread, 2)
+        channels, pixels = _string_tile(x, 32 * warps * per_thread, most)
         num_rows, blocks, shortest = triton.cdiv(M, pixels), 1, 2
     else:
-        channels, pixels, warps = _row_tile(x, per_thread)
+        channels, pixels, warps = _row_tile(x, per_thread, most)
         # A strip also reads the rows next to it.
         num_rows, blocks, shortest = H, triton.cdiv(W, pixels), 16
     wanted = _WARPS // warps
@@ -1279,7 +1363,7 @@ def _plan(x: Tensor, size: int, per_thread: int, rows: int, is_whole: bool = Fal
     strips = 1
     if not is_whole:
         programs *= blocks
-        strips = max(min(wanted // programs, triton.cdiv(num_rows, shortest), 64 // blocks), 1)
+        strips = max(min(wanted // programs, triton.cdiv(num_rows, shortest)), 1)
     lines = triton.cdiv(num_rows, strips)
     strips = triton.cdiv(num_rows, lines)
     samples = min(max(programs * strips // wanted, 1), N)
@@ -1333,7 +1417,10 @@ def _mean_arguments(m: Tensor | _Chunks | None) -> dict:
     if isinstance(m, _Chunks):
         chunks = len(m.means)
         return dict(
-            means=m.means, mean_chunks=chunks, mean_pixels=m.pixels, MEAN_CHUNKS=_power(chunks)
+            means=m.means,
+            mean_chunks=chunks,
+            mean_pixels=m.pixels,
+            MEAN_CHUNKS=min(_power(chunks), 16),
         )
     return dict(means=m, mean_chunks=1, mean_pixels=1, MEAN_CHUNKS=1)
 
@@ -1350,8 +1437,10 @@ def _take_chunks(x: Tensor, is_scored: bool = False, has_deviations: bool = Fals
     rows = triton.cdiv(M, pixels)
     blocks = triton.cdiv(C, channels)
     programs = triton.cdiv(N, samples) * blocks
-    # _summarize_channels takes all chunks of a plane at once.
-    chunks = min(max(_WARPS // 4 // programs, 1), triton.cdiv(rows, 2), 64)
+    # Every program of the next launch would have to add up the chunks of a plane for itself,
+    # where that is not the one that summarizes them.
+    most = 1024 if has_deviations else 64
+    chunks = min(max(_WARPS // 4 // programs, 1), triton.cdiv(rows, 2), most)
     lines = triton.cdiv(rows, chunks)
     chunks = triton.cdiv(rows, lines)
 
@@ -1415,8 +1504,8 @@ def moments(
     chunks = len(taken.means)
     summary = m.new_empty(2 * C + 3)
 
-    # 32 bytes of each line: as many programs as read no more than they need.
     channels = 8
+    samples, sum_chunks = _summary_tile(N, chunks)
     channel_programs = triton.cdiv(C, channels)
     values = min(max(_power(C * M // 2048 + 1), 32), 1024)
     vector_programs = 0
@@ -1445,12 +1534,13 @@ def moments(
             vector_programs=vector_programs,
             SCORED=is_scored,
             SHIFTS=taken.shifts,
-            CHUNKS=_power(chunks),
+            CHUNKS=sum_chunks,
             CHANNELS=channels,
-            SAMPLES=min(_power(N), 128 // _power(chunks)),
-            VECTOR_SAMPLES=_power(N) if taken.shifts else min(_power(N), 2048 // values),
+            SAMPLES=samples,
+            VECTOR_SAMPLES=_power(N) if taken.shifts else min(_power(N), 4096 // values),
             VALUES=values,
             ALIGNED=math.gcd(C * M, 16),
+            num_warps=8,
         )
     return m, summary
 
@@ -1595,9 +1685,11 @@ def reduce(
             **plan.sizes,
             **plan.constants,
         )
-        channels, sum_chunks = 8, min(_power(chunks), 64)
-        taps = _power(size * size + 1)
-        _channel_kernel[(triton.cdiv(C, channels),)](
+        # 32 bytes of a line: as many programs as read no more than they need.
+        channels = 8
+        tasks = size * size + 2 if has_taps else 1
+        samples, sum_chunks = _summary_tile(N, chunks)
+        _channel_kernel[(triton.cdiv(C, channels) * tasks,)](
             chunk_sums,
             taps_sums,
             means,
@@ -1614,11 +1706,12 @@ def reduce(
             chunks=chunks,
             parts=groups * chunks,
             SIZE=size,
-            SAMPLES=min(_power(N), 128 // sum_chunks),
+            SAMPLES=samples,
             CHUNKS=sum_chunks,
-            PARTS=min(_power(groups * chunks), 256 // taps),
-            TAPS=taps,
+            PARTS=min(_power(groups * chunks), 512),
+            TASKS=tasks,
             CHANNELS=channels,
+            num_warps=8,
         )
     return means, sums, d_statistics, *gradients
 
