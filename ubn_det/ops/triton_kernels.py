@@ -165,7 +165,7 @@ def _load_taps(weight, neighbour_weight, c, valid, gain, SIZE: tl.constexpr):
         else:
             pointer = neighbour_weight + c * (SIZE * SIZE) + i
             tap = gain * tl.load(pointer, mask=valid, other=0).to(tl.float32)
-        if i == SIZE * SIZE // 2 and (neighbour_weight is None or weight is not None):
+        if i == SIZE * SIZE // 2:
             tap += _load_channels(weight, c, valid, 1.0, 1.0)
         taps += (tap,)
     return taps
@@ -843,7 +843,6 @@ def _reduce_kernel(
     top = chunk // blocks * lines
     bottom = tl.minimum(top + lines, rows)
 
-    taps = _load_taps(weight, neighbour_weight, c, valid, gain, SIZE)
 
     d_taps = _zeros(SIZE * SIZE, CHANNELS, 1)
     d_bias = tl.zeros((CHANNELS, 1), tl.float32)
@@ -889,6 +888,8 @@ def _reduce_kernel(
             below += (below[i] - value,)
         borders = above + below[1:]
 
+        # Again for each plane, from the cache: they would take registers from the loop.
+        taps = _load_taps(weight, neighbour_weight, c, valid, gain, SIZE)
         r, k, g = _gate(m, mu, variance, w_c, w_s, b_s, eps)
         s0 = tl.zeros((CHANNELS, 1), tl.float32)
         s1 = tl.zeros((CHANNELS, 1), tl.float32)
@@ -1235,7 +1236,7 @@ _PARAMETERS = (
 # By the neighbourhood's size: how many values of each kind a thread holds, in how many channels at
 # most, and how many rows are loaded at a time. Larger ones spill registers.
 _NORMALIZE_TILES = {1: (8, 2, 2), 3: (4, 2, 2), 5: (2, 1, 2)}
-_REDUCE_TILES = {1: (8, 2, 2), 3: (4, 2, 1), 5: (2, 1, 1)}
+_REDUCE_TILES = {1: (4, 2, 2), 3: (2, 1, 1), 5: (2, 1, 1)}
 _INPUT_GRADIENT_TILES = {1: (8, 2, 2), 3: (4, 2, 2), 5: (2, 1, 2)}
 
 
@@ -1323,17 +1324,17 @@ def _row_tile(x: Tensor, per_thread: int, most: int) -> tuple[int, int, int]:
 
 def _summary_tile(N: int, chunks: int) -> tuple[int, int]:
     """How many samples and chunks are added up at a time."""
-    chunks = min(_power(chunks), 512)
-    return min(_power(N), 512 // chunks), chunks
+    chunks = min(_power(chunks), 256)
+    return min(_power(N), max(128 // chunks, 1)), chunks
 
 
 def _aligned(x: Tensor) -> int:
     """How many values a load of a thread may take, as the shape allows.
 
-    Not more than 4 of a channels_last map: they are as many channels.
+    Not more than 2 of a channels_last map: they are as many channels.
     """
     C, M = x.shape[1], x.shape[2] * x.shape[3]
-    return math.gcd(C, 4) if _is_channels_last(x) else math.gcd(M, 16)
+    return math.gcd(C, 2) if _is_channels_last(x) else math.gcd(M, 16)
 
 
 def _plan(
