@@ -5,10 +5,7 @@ which has to be asked for before triton is imported: tests/test_ops/test_triton_
 this file so, in a process of its own.
 """
 
-import itertools
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
     reason = 'no accelerator; test_triton_launches.py runs these in the interpreter'
     pytest.skip(reason, allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import reference
 from reference import GAIN, GateReference
 
@@ -253,7 +249,8 @@ def check_evaluation(x, dy, params):
 
 @layouts
 @pytest.mark.parametrize(
-    'shape, kernel', [((2, 3, 7, 7), 5), ((3, 5, 1, 1), 3), ((1, 2, 45, 50), 1), ((1, 1, 45, 50), 3)]
+    'shape, kernel',
+    [((2, 3, 7, 7), 5), ((3, 5, 1, 1), 3), ((1, 2, 45, 50), 1), ((1, 1, 45, 50), 3)],
 )
 def test_evaluation(shape, kernel, layout):
     check_evaluation(*random_case(shape, kernel, layout=layout))
@@ -361,6 +358,12 @@ def test_gradient_in_the_other_layout(layout):
     x, dy, params = random_case((2, 3, 4, 5), 3, layout=layout)
     other = [t for t in LAYOUTS.values() if t != layout]
     check_training(x, dy.contiguous(memory_format=other[0]), params)
+
+
+def test_other_layouts_are_refused():
+    x = torch.randn(2, 3, 5, 4, device=DEVICE).transpose(2, 3)
+    with pytest.raises(ValueError, match='contiguous or channels_last'):
+        triton_kernels.moments(x, None, GAIN, False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -499,7 +502,9 @@ def test_results_are_the_same_in_a_graph(dtype, layout, num):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == 'cpu', reason='needs an accelerator')
-@pytest.mark.parametrize('shape', [(1024, 256, 7, 7), (2, 64, 400, 672), (16, 64, 56, 56)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(1024, 256, 7, 7), (2, 64, 400, 672), (16, 64, 56, 56)], ids=str
+)
 @layouts
 @kernels
 def test_training_at_full_size(shape, kernel, layout):
@@ -515,3 +520,29 @@ def test_training_at_full_size(shape, kernel, layout):
     for name, gradient in expected.gradients.items():
         assert torch.equal(done['gradients'][name], again['gradients'][name])
         check(done['gradients'][name][kept], gradient, sums=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == 'cpu', reason='needs an accelerator')
+@layouts
+def test_more_values_than_32_bits_count(layout):
+    shape = (33, 256, 512, 512)
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip('needs 40 GiB on the accelerator')
+    x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, memory_format=layout).normal_()
+    params = as_tuple(reference.random_params(256, 2, 3))
+    mean, var = torch.zeros(256, device=DEVICE), torch.ones(256, device=DEVICE)
+    m, summary = triton_kernels.moments(x, None, GAIN, True)
+    assert summary.isfinite().all()
+    y = triton_kernels.normalize(x, m, mean, var, params, EPS, GAIN)
+    last = triton_kernels.normalize(x[-1:], m[-1:], mean, var, params, EPS, GAIN)
+    assert torch.equal(y[-1:], last)
+    _, sums, *_ = triton_kernels.reduce(y, x, m, mean, var, params, EPS, GAIN)
+    dx, _ = triton_kernels.input_gradient(y, x, m, mean, var, params, sums, None, None, EPS, GAIN)
+    _, last_sums, *_ = triton_kernels.reduce(last, x[-1:], m[-1:], mean, var, params, EPS, GAIN)
+    last_dx, _ = triton_kernels.input_gradient(
+        last, x[-1:], m[-1:], mean, var, params, last_sums, None, None, EPS, GAIN
+    )
+    # A chunk is of another size where there is one sample.
+    torch.testing.assert_close(sums[:, -1], last_sums[:, 0], rtol=1e-4, atol=1e-1)
+    torch.testing.assert_close(dx[-1:], last_dx, rtol=2e-2, atol=1e-3)

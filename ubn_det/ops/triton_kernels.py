@@ -9,38 +9,41 @@ Formulas, per plane (n, c) of x with M pixels; ``w_c, w_s, b_s`` and the neighbo
     u = x - m, h = g r u + g k, zero outside of the plane
     y[p] = sum_d K[d] h[p + d] + bias,     K = neighbourhood, with weight added to its centre
 
-Each step is one function; every launch that it makes is a row. "Maps" are x, dy, y and dx, each
-value of which is read or written once, the halo of a chunk aside, which is in a cache by then.
+Each step is one function. Its launches, in this order:
 
-================= ======================= ============================== ======================
-step              kernel                  reads                          writes
-================= ======================= ============================== ======================
-moments           _moments_kernel         x                              moments of chunks,
+================ ======================== ============================== =====================
+step             kernel                   reads                          writes
+================ ======================== ============================== =====================
+moments          _moments_kernel          x                              moments of chunks,
                                                                          products of samples
-                  _summary_kernel         moments of chunks; x where     m, summary
-                                          more than 8 samples are scored
-normalize         _normalize_kernel       x, m                           y
-evaluate          _normalize_kernel       x, once more from the cache    y
-or, large planes  _moments_kernel, _normalize_kernel
-reduce            _reduce_kernel          dy, x                          sums of chunks
-(without m:       _moments_kernel first)
-                  _channel_kernel         sums of chunks                 sums, d_statistics,
-                                                                         gradients of parameters
-input_gradient    _input_gradient_kernel  dy, x, m, sums, d_statistics   dx, d_center_weight
-update            _update_kernel          summary, buffers               buffers
-================= ======================= ============================== ======================
+                 _summary_kernel          moments of chunks, and x       m, summary
+                                          where more than 8 samples are
+                                          scored
+normalize        _normalize_kernel        x, m                           y
+evaluate         _normalize_kernel        x                              y
+... large planes _moments_kernel first    x                              moments of chunks
+reduce           _reduce_kernel           dy, x, m                       sums over chunks
+                 _channel_kernel          sums over chunks               sums, d_statistics,
+                                                                         parameters' gradients
+... without m    _moments_kernel first    x                              moments of chunks
+input_gradient   _input_gradient_kernel   dy, x, m, sums, d_statistics   dx, d_center_weight
+update           _update_kernel           summary, buffers               buffers
+================ ======================== ============================== =====================
 
-So a training forward makes 4 launches, scored or not, and a backward 3, or 4 without m.
+So a training forward makes 4 launches, scored or not, and a backward 3, or 4 without m. All but
+the maps (x, y and their gradients) is small, and each map that a kernel reads or writes passes
+through memory once: rows that two chunks read are in a cache by then.
 
 Grids are one-dimensional: a program takes a *chunk* of the planes of CHANNELS channels, for some
 samples in turn. A chunk is a strip of *lines* by PIXELS columns. With a neighbourhood, lines are
-the rows of the map; a program goes down its strip and keeps in registers what rows above still
-need, so that a row is loaded once per column of the kernel and nothing is divided. Without one, the
-plane is a string of lines of PIXELS values each. Contiguous and channels_last maps differ in two
-strides alone. What programs share, they leave in memory for the next launch: float32 partial
-results in a fixed order, so results are the same from run to run.
+the rows of the map: a program goes down its strip and keeps in registers what earlier rows have
+added to later ones, so that a row is loaded once per column of the kernel, and no index is ever
+divided. Without one, the plane is a string of lines of PIXELS values each. Contiguous and
+channels_last maps differ in two strides alone. What programs share they leave in memory for the
+next launch, in float32, where it is added up in a fixed order: results do not change from run to
+run.
 
-Nothing here waits for the device, and launches depend on shapes alone: they can be captured.
+Nothing here waits for the device, and launches depend on shapes alone: a graph can capture them.
 """
 
 import functools
@@ -59,11 +62,14 @@ _WARPS = 8192
 # of their unit vectors, one more read of x.
 _MAX_PAIRWISE = 8
 
+# Channels of a program that adds up partial results: 32 bytes, the least that memory delivers.
+_SUMMARY_CHANNELS = 8
+
 # A plane up to this many values is read again from the cache by the program that took its mean.
 _MAX_VISIT = 2048
 
-# Sizes are no constants of a kernel: a specialised one is compiled for each, and maps differ from
-# batch to batch.
+# No kernel is compiled for one of these that happens to be 1 or a multiple of 16: maps differ from
+# batch to batch. What loads gain from a multiple, ALIGNED says.
 _SIZES = (
     'N',
     'C',
@@ -182,7 +188,7 @@ def _zeros(NUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @_jit
 def _gate(m, mean, var, w_c, w_s, b_s, eps):
-    """r, k and g of planes."""
+    """Planes' r, k and g."""
     r = tl.rsqrt(var + eps)
     k = ((1 + w_c) * m - mean) * r
     g = 2 * tl.sigmoid(w_s * k + b_s)
@@ -203,14 +209,9 @@ def _moments_of(
     """Mean and sum of squared deviations of the pixels in lines first to last.
 
     The deviations are from the mean of the first line, so nothing cancels: where that is far off,
-    so are the values from each other.
-
-    Args:
-        planes: Pointers to the planes, of size 1 along AXIS.
-        others: Tuple of pointers of the same shape, to planes that these are multiplied with.
-        pixel: Stride.
-        column: 0 to PIXELS along AXIS, else of size 1.
-        valid: Which planes there are.
+    so are the values from each other. ``planes`` points to the planes that are ``valid``, all of
+    size 1 along AXIS, where ``column`` counts the PIXELS of a line. ``others`` are further planes,
+    in a tuple: the products with them, pixel by pixel, are the third result.
     """
     step = pixel.to(tl.int64) * PIXELS
     offset = column * pixel
@@ -244,11 +245,10 @@ def _moments_of(
 def _plane_mean(
     means, n, c, valid, mean, N, C, M, mean_chunks, mean_pixels, MEAN_CHUNKS: tl.constexpr
 ):
-    """m (CHANNELS, 1) of a sample's planes, from the means of their chunks.
+    """Means (CHANNELS, 1) of a sample's planes, from those of their chunks.
 
-    Args:
-        means: (chunks, N, C) where ``mean_pixels`` is the size of a chunk but the last; None where
-            m is no more than a point to count from: ``mean`` then takes its place.
+    ``means`` is (chunks, N, C), ``mean_pixels`` the size of a chunk but the last. None where m is
+    no more than a point to count from: ``mean`` then takes its place.
     """
     if means is None:
         m = mean
@@ -299,11 +299,9 @@ def _moments_kernel(
     With SHIFTS, SAMPLES covers all samples: sample n is multiplied with n + 1, n + 2, ..., from
     the cache, so that every pair meets.
 
-    Args:
-        means, deviations: (chunks, N, C); the latter may be None.
-        squares: Sums of squares of samples, (pieces, N), None without a score.
-        products: (pieces, SHIFTS, SAMPLES), None without SHIFTS.
-        arrived: Counter of the next launch, to be set to 0.
+    Writes means and deviations (chunks, N, C); the samples' sums of squares, ``squares``
+    (pieces, N); products (pieces, SHIFTS, SAMPLES); and 0 to ``arrived``, the next launch's
+    counter. All but the means may be None.
     """
     index = tl.program_id(0)
     if squares is not None:
@@ -534,12 +532,8 @@ def _summary_kernel(
 ):
     """What a process says of its batch, from the moments of the chunks.
 
-    The first ``channel_programs`` take CHANNELS channels each, the rest the score.
-
-    Args:
-        m: (N, C), to be written.
-        summary: (2 C + 3,), to be written.
-        vectors: (vector_programs,), where the sum of unit vectors is taken.
+    The first ``channel_programs`` take CHANNELS channels each, the rest the score. Writes m (N, C)
+    and summary (2 C + 3,), and for itself ``vectors`` (vector_programs,).
     """
     index = tl.program_id(0)
     if index == 0:
@@ -626,7 +620,7 @@ def _normalize_kernel(
     CHANNELS_LAST: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Y of chunks of planes.
+    """Output y in chunks of planes.
 
     With VISIT, a program takes the whole of its planes, and their means itself.
     """
@@ -666,8 +660,8 @@ def _normalize_kernel(
         B = g * k
         for block in range(first_block, last_block):
             p = block * PIXELS + column
-            source = x + offset + p * pixel
-            target = y + offset + p * pixel
+            source = x + offset + p * pixel.to(tl.int64)
+            target = y + offset + p * pixel.to(tl.int64)
             # Rows row - PAD to row + PAD of y, from the rows of x so far.
             sums = ()
             for _ in tl.static_range(SIZE):
@@ -821,10 +815,8 @@ def _reduce_kernel(
     b[d] comes from the sums of dy over the rows, column by column: what the border of the map
     leaves out is then a matter of which columns are added in the end.
 
-    Args:
-        m_pointer: (N, C), to be written, or None.
-        sums: (2, chunks, N, C), to be written.
-        taps_sums: (parts, SIZE * SIZE + 1, C), to be written: dK, then d_bias; or None.
+    Writes sums (2, chunks, N, C); taps_sums (parts, SIZE * SIZE + 1, C), dK and then d_bias; and m
+    (N, C). The last two may be None.
     """
     PAD: tl.constexpr = SIZE // 2
     chunk, first, last, c = _program(tl.program_id(0), N, chunks, samples, CHANNELS)
@@ -843,7 +835,6 @@ def _reduce_kernel(
     top = chunk // blocks * lines
     bottom = tl.minimum(top + lines, rows)
 
-
     d_taps = _zeros(SIZE * SIZE, CHANNELS, 1)
     d_bias = tl.zeros((CHANNELS, 1), tl.float32)
     for n in range(first, last):
@@ -851,7 +842,7 @@ def _reduce_kernel(
         place = n * C.to(tl.int64) + c
         if m_pointer is not None:
             tl.store(m_pointer + place, m, mask=valid & (chunk == 0))
-        offset = n * sample + c * channel + column * pixel
+        offset = n * sample + c * channel + column * pixel.to(tl.int64)
         products = _zeros(SIZE * SIZE, CHANNELS, PIXELS)
         total = tl.zeros((CHANNELS, PIXELS), tl.float32)
         # dy in the rows row - PAD to row + PAD.
@@ -1019,12 +1010,8 @@ def _channel_kernel(
     """Everything per channel in the backward, CHANNELS by program, from the sums of chunks.
 
     Of TASKS programs for the same channels, the first sums over samples, the others take a tap
-    of K each, and the last one d_bias.
-
-    Args:
-        sums, taps_sums: As _reduce_kernel writes them.
-        plane_sums: (2, N, C), to be written.
-        d_statistics: (2, C), to be written, as are the gradients, where not None.
+    of K each, and the last one d_bias. Reads sums and taps_sums as _reduce_kernel writes them.
+    Writes plane_sums (2, N, C), d_statistics (2, C) and the gradients that are not None.
     """
     index = tl.program_id(0)
     c = index // TASKS * CHANNELS + tl.arange(0, CHANNELS)
@@ -1123,12 +1110,10 @@ def _input_gradient_kernel(
     CHANNELS_LAST: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Dx of chunks of planes; the first ``channel_programs`` take d_center_weight.
+    """Gradient of x in chunks of planes; the first ``channel_programs`` take d_center_weight.
 
-    Args:
-        d_statistics, share_pointer: None where the statistics are constants. x is not read then.
-        d_center_weight: To be written, or None.
-        PLANES: Samples at a time for d_center_weight.
+    They add up PLANES samples at a time. Without d_statistics and share the statistics are
+    constants, and x is not read.
     """
     BATCH: tl.constexpr = d_statistics is not None
     PAD: tl.constexpr = SIZE // 2
@@ -1187,7 +1172,7 @@ def _input_gradient_kernel(
             A, P, Q = _plane_gradient(
                 s0, s1, m, mu, variance, w_c, w_s, b_s, d_mean, d_var, share, eps, M, BATCH
             )[:3]
-            offset = n * sample + c * channel + column * pixel
+            offset = n * sample + c * channel + column * pixel.to(tl.int64)
             # dh in the rows row - PAD to row + PAD, from the rows of dy so far.
             gradients = _zeros(SIZE, CHANNELS, PIXELS)
             for start in range(top - PAD, bottom + PAD, ROWS):
@@ -1256,18 +1241,22 @@ class _Plan(NamedTuple):
 
 def _is_channels_last(x: Tensor) -> bool:
     """Whether a map is; planes of one value are better read as if they were."""
-    return x.shape[2] * x.shape[3] == 1 or not x.is_contiguous()
+    if x.is_contiguous():
+        return x.shape[2] * x.shape[3] == 1
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f'x has to be contiguous or channels_last, got strides {x.stride()}')
+    return True
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` in x's memory format."""
+    """Return ``t`` in x's memory format."""
     if x.is_contiguous():
         return t.contiguous()
     return t.contiguous(memory_format=torch.channels_last)
 
 
 def _size(parameters: tuple[Tensor | None, ...]) -> int:
-    """k."""
+    """Size of the neighbourhood."""
     neighbour_weight = parameters[-1]
     return 1 if neighbour_weight is None else neighbour_weight.shape[-1]
 
@@ -1428,9 +1417,10 @@ def _mean_arguments(m: Tensor | _Chunks | None) -> dict:
 
 def _take_chunks(x: Tensor, is_scored: bool = False, has_deviations: bool = False) -> _Chunks:
     """Launch _moments_kernel."""
-    (N, C, H, W), M = x.shape, x.shape[2] * x.shape[3]
+    N, C, M = *x.shape[:2], x.shape[2] * x.shape[3]
     shifts = N // 2 if is_scored and N <= _MAX_PAIRWISE else 0
-    size = 1024
+    # Of more shifts, more products are kept.
+    size = 512 if shifts > 1 else 1024
     samples = _power(N) if shifts else 1
     channels, pixels = _string_tile(x, size // samples)
     if not shifts:
@@ -1496,7 +1486,7 @@ def moments(
         tuple[Tensor, Tensor]: m (N, C) and the summary (2 C + 3,): mean (C), var (C), count,
         pair_sum, num_pairs; float32.
     """
-    (N, C, H, W), M = x.shape, x.shape[2] * x.shape[3]
+    N, C, M = *x.shape[:2], x.shape[2] * x.shape[3]
     m = x.new_empty((N, C), dtype=torch.float32)
     if x.numel() == 0:
         return m.zero_(), m.new_zeros(2 * C + 3)
@@ -1505,7 +1495,7 @@ def moments(
     chunks = len(taken.means)
     summary = m.new_empty(2 * C + 3)
 
-    channels = 8
+    channels = _SUMMARY_CHANNELS
     samples, sum_chunks = _summary_tile(N, chunks)
     channel_programs = triton.cdiv(C, channels)
     values = min(max(_power(C * M // 2048 + 1), 32), 1024)
@@ -1584,8 +1574,12 @@ def evaluate(
     """Normalize by running statistics: 1 launch, or 2 where planes are large.
 
     Args:
-        x, mean, var, parameters, eps, gain: As in :func:`normalize`; ``mean`` and ``var`` in any
-            floating-point type.
+        x (Tensor): As in :func:`normalize`.
+        mean (Tensor): (C,), in any floating-point type.
+        var (Tensor): (C,), in any floating-point type.
+        parameters (tuple[Tensor | None, ...]): As in :func:`normalize`.
+        eps (float): Added to ``var``.
+        gain (float): How much rectifiers count.
 
     Returns:
         Tensor: y, as x in shape, type and memory format.
@@ -1636,9 +1630,15 @@ def reduce(
     """Take from dy and x what all gradients need; 2 launches, 3 without m.
 
     Args:
-        dy (Tensor): Gradient of y, in its shape.
-        x, mean, var, parameters, eps, gain: As in :func:`normalize`.
+        dy (Tensor): Gradient of y, of its shape and type; copied where its memory format is not
+            that of x.
+        x (Tensor): As in :func:`normalize`.
         m (Tensor | None): Means of the planes, (N, C), float32; None to take them from x again.
+        mean (Tensor): What normalized, (C,).
+        var (Tensor): What normalized, (C,).
+        parameters (tuple[Tensor | None, ...]): As in :func:`normalize`.
+        eps (float): Added to ``var``.
+        gain (float): How much rectifiers count; gradients of the stored ones are divided by it.
 
     Returns:
         tuple[Tensor | None, ...]: m; sums (2, N, C), those of dh and of dh u over each plane;
@@ -1686,8 +1686,7 @@ def reduce(
             **plan.sizes,
             **plan.constants,
         )
-        # 32 bytes of a line: as many programs as read no more than they need.
-        channels = 8
+        channels = _SUMMARY_CHANNELS
         tasks = size * size + 2 if has_taps else 1
         samples, sum_chunks = _summary_tile(N, chunks)
         _channel_kernel[(triton.cdiv(C, channels) * tasks,)](
@@ -1733,12 +1732,19 @@ def input_gradient(
     """Take the gradients of x and center_weight; 1 launch.
 
     Args:
-        dy, x, mean, var, parameters, eps, gain: As in :func:`reduce`.
-        m, sums: As :func:`reduce` returns them.
+        dy (Tensor): As in :func:`reduce`.
+        x (Tensor): As in :func:`reduce`.
+        m (Tensor): (N, C), as :func:`reduce` returns it.
+        mean (Tensor): What normalized, (C,).
+        var (Tensor): What normalized, (C,).
+        parameters (tuple[Tensor | None, ...]): As in :func:`normalize`.
+        sums (Tensor): (2, N, C), as :func:`reduce` returns it.
         d_statistics (Tensor | None): Gradients of ``mean`` and ``var``, (2, C), over all
             processes; None where the statistics are constants, as in evaluation.
         share (Tensor | None): 1 / values per channel, over all processes; 0-dim, float32. None
             with ``d_statistics``.
+        eps (float): Added to ``var``.
+        gain (float): How much rectifiers count.
 
     Returns:
         tuple[Tensor, Tensor | None]: dx, as x in shape, type and memory format, and
