@@ -65,6 +65,9 @@ _MAX_PAIRWISE = 8
 # Channels of a program that adds up partial results: 32 bytes, the least that memory delivers.
 _SUMMARY_CHANNELS = 8
 
+# Chunks of a plane whose means a program adds up at a time, where these are not summarized yet.
+_MEAN_CHUNKS = 16
+
 # A plane up to this many values is read again from the cache by the program that took its mean.
 _MAX_VISIT = 2048
 
@@ -1410,7 +1413,7 @@ def _mean_arguments(m: Tensor | _Chunks | None) -> dict:
             means=m.means,
             mean_chunks=chunks,
             mean_pixels=m.pixels,
-            MEAN_CHUNKS=min(_power(chunks), 16),
+            MEAN_CHUNKS=min(_power(chunks), _MEAN_CHUNKS),
         )
     return dict(means=m, mean_chunks=1, mean_pixels=1, MEAN_CHUNKS=1)
 
