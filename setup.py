@@ -38,8 +38,12 @@ def kernels() -> dict[str, object]:
     extension: Extension = CppExtension(
         'ubn_det.ops._cpu',
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('ubn_det/ops/cpu/*.cpp')),
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('ubn_det/ops/cpu/*.[hi]*')),
+        depends=sorted(
+            str(path.relative_to(ROOT)) for path in ROOT.glob('ubn_det/ops/cpu/*.[hi]*')
+        ),
         extra_compile_args=[
+            # The OpenMP that torch brings is not linked a second time: at::parallel_for finds it.
+            '-fopenmp',
             # Vectors are passed between inlined functions only.
             *('-O3', '-std=c++20', '-Wno-psabi', '-Wno-maybe-uninitialized'),
             f'-DUBN_X86={int(is_x86)}',

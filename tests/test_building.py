@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ubn_det import UBN, SyncUBN, UBN2d
 from ubn_det.datasets import generate_coco
 from ubn_det.engine.condensation_hook import CondensationHook
+from ubn_det.layers.ubn import EXTRA_PARAMETERS
 
 MMDET = Path(mmdet.__file__).parent / '.mim'
 RETINANET = 'retinanet_r50_fpn_ubn_1x_coco'
@@ -231,7 +232,8 @@ def test_checkpoint_by_itself_builds_ubn(trained):
         state = model.state_dict()
         assert state.keys() == saved.keys()
         assert all(torch.equal(state[key], value) for key, value in saved.items())
-        assert any('center_weight' in key and value.any() for key, value in state.items())
+        for extra in EXTRA_PARAMETERS:
+            assert any(key.endswith(extra) and value.any() for key, value in state.items())
     found = inferencer(image, return_datasamples=True)['predictions'][0].pred_instances
     other = inference_detector(detector, image).pred_instances
     assert len(found.scores)

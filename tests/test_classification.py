@@ -16,6 +16,7 @@ from tiny_config import run_tool
 from tiny_detector import Trainer, make_batch
 
 from ubn_det import UBN
+from ubn_det.layers.ubn import EXTRA_PARAMETERS
 
 assert mmdet.models, 'imported for its registrations'
 
@@ -64,7 +65,7 @@ def test_classifier_was_pretrained(folder):
     values = checkpoint['state_dict']
     # 3 batches an epoch.
     assert values['backbone.bn1.num_batches_tracked'] == 6
-    for extra in ('center_weight', 'scale_weight', 'scale_bias'):
+    for extra in EXTRA_PARAMETERS:
         assert values[f'backbone.layer4.1.bn2.{extra}'].abs().max() > 0
     [scalars] = (folder / 'classifier').glob('*/vis_data/scalars.json')
     assert 'accuracy/top1' in scalars.read_text()
@@ -106,5 +107,7 @@ def test_backbone_goes_into_a_detector_whole(folder):
         if isinstance(module, UBN):
             tracked = pretrained[f'{name}.num_batches_tracked'] + 1
             assert module.num_batches_tracked == tracked, name
-    name = 'layer4.1.bn2.center_weight'
-    assert not torch.equal(detector.backbone.state_dict()[name], pretrained[name])
+    state = detector.backbone.state_dict()
+    for extra in EXTRA_PARAMETERS:
+        name = f'layer4.1.bn2.{extra}'
+        assert not torch.equal(state[name], pretrained[name]), name

@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from ubn_det import UBN, SyncUBN, UBN1d, UBN2d, UBN3d, convert_sync_ubn
+from ubn_det.layers.ubn import EXTRA_PARAMETERS
 
 ARGUMENTS = dict(
     eps=1e-3,
@@ -92,6 +93,51 @@ def test_other_neighbourhood_raises(layer):
         convert_sync_ubn(model)
 
 
+class Doubled(UBN2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Derived(SyncUBN):
+    pass
+
+
+def with_forward(layer):
+    layer.forward = lambda input: 2 * type(layer).forward(layer, input)
+    return layer
+
+
+def compiled(layer):
+    layer.compile(backend='eager')
+    return layer
+
+
+@pytest.mark.parametrize(
+    ('layer', 'error', 'message'),
+    [
+        (lambda: Doubled(4), TypeError, 'Doubled is a subclass of UBN and may do more'),
+        (lambda: with_forward(UBN(4)), RuntimeError, 'forward of this UBN was replaced'),
+        (lambda: compiled(UBN(4)), RuntimeError, '_compiled_call_impl of this UBN was replaced'),
+    ],
+)
+@pytest.mark.parametrize('nested', [True, False])
+def test_layer_that_would_lose_its_forward_or_keep_the_old_one_raises(
+    layer, error, message, nested
+):
+    layer = layer()
+    model = nn.Sequential(UBN(4), nn.Sequential(layer)) if nested else layer
+    before = [type(module) for module in model.modules()]
+    name = r'1\.0' if nested else r'\(the module itself\)'
+    with pytest.raises(error, match=f'{name}: {message}'):
+        convert_sync_ubn(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_subclass_of_sync_ubn_stays():
+    layer = Derived(4)
+    assert convert_sync_ubn(nn.Sequential(layer))[0] is layer
+
+
 def test_model_is_changed_in_place_and_other_norms_are_kept():
     model = nn.Sequential(
         ConvModule(3, 4, 1, norm_cfg=dict(type='UBN')),
@@ -121,7 +167,8 @@ def test_optimizer_goes_on():
     before = copy.deepcopy(model.state_dict())
     model(torch.randn(2, 3, 4, 4)).square().sum().backward()
     optimizer.step()
-    assert not torch.equal(model[1].center_weight, before['1.center_weight'])
+    for extra in EXTRA_PARAMETERS:
+        assert not torch.equal(getattr(model[1], extra), before[f'1.{extra}']), extra
 
 
 def test_layer_that_has_two_names_is_converted_under_both():

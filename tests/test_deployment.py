@@ -462,6 +462,71 @@ def test_trace_leaves_nothing_behind():
     assert not hasattr(model.conv, 'seen')
 
 
+class Counting(Chain):
+    """Counts its calls, in a buffer that it moves in place and in one that it makes anew."""
+
+    def __init__(self):
+        super().__init__(in_order)
+        self.register_buffer('moved', torch.zeros((), dtype=torch.long))
+        self.register_buffer('made', torch.zeros(()))
+        self.register_buffer('constant', torch.tensor([1, torch.nan]))
+        self.register_buffer('sparse', torch.eye(3).to_sparse())
+
+    def forward(self, x):
+        self.moved += 1
+        self.sparse *= 2
+        self.made = self.made + 1
+        if not hasattr(self, 'first'):
+            self.register_buffer('first', torch.ones(2))
+        # Its output depends on how often it was called.
+        return super().forward(x) + self.made
+
+
+@pytest.mark.parametrize('with_example', [False, True])
+@pytest.mark.parametrize('inference', [False, True])
+def test_buffers_that_a_forward_moves_stay_as_they_are(with_example, inference):
+    with torch.inference_mode(inference):
+        model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), Counting()))
+    before = {name: (b, b.clone()) for name, b in model[2].named_buffers(recurse=False)}
+    with torch.inference_mode(inference):
+        report = fuse(model, (torch.randn(2, 4, 5, 5),) if with_example else None)
+    assert len(report.folded) == 2
+    assert list(dict(model.named_buffers())) == [f'2.{name}' for name in before]
+    for name, (buffer, value) in before.items():
+        assert getattr(model[2], name) is buffer, name
+        torch.testing.assert_close(buffer, value, rtol=0, atol=0, equal_nan=True)
+
+
+class Scripted(nn.Module):
+    """Counts its calls as Counting does, where Python sees nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('moved', torch.zeros(()))
+        self.register_buffer('made', torch.zeros(()))
+
+    def forward(self, x):
+        self.moved += 1
+        self.made = self.made + 1
+        return x + self.made
+
+
+def test_buffers_that_a_scripted_forward_moves_stay_as_they_are():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), torch.jit.script(Scripted()))
+    report = fuse(randomize(model), (torch.randn(2, 4, 5, 5),))
+    assert len(report.folded) == 1
+    assert {name: b.item() for name, b in model.named_buffers()} == {'2.moved': 0, '2.made': 0}
+
+
+def test_buffers_that_nothing_moves_are_not_written_to():
+    model = randomize(Chain(in_order, nn.GroupNorm(2, 4)))
+    model.register_buffer('scale', torch.ones(4, 1, 1))
+    y = (torch.ones(4, 1, 1, requires_grad=True) * model.scale).sum()
+    fuse(model, (torch.randn(2, 4, 5, 5),))
+    # What autograd kept of it is still valid.
+    y.backward()
+
+
 def test_model_without_norms_has_an_empty_report():
     assert str(fuse(nn.Sequential(nn.Conv2d(3, 4, 1)).eval())) == '0 norm layers folded, 0 kept'
 

@@ -25,7 +25,7 @@ _KEPT = ('num_features', 'eps', 'momentum', 'affine', 'track_running_stats', 'de
 # Attributes that one class has and the other gives another meaning or lacks.
 _OWN_ATTRIBUTES = {
     *(name for name in inspect.signature(UBN).parameters if name not in _KEPT),
-    *('_kept', '_group', 'process_group', 'group', 'group_size', 'stats_mode'),
+    *('_group', 'process_group', 'group', 'group_size', 'stats_mode'),
 }
 # What a subclass may define and still be the class it derives from. Who overrides the check of
 # the input takes other dimensions.
@@ -35,6 +35,7 @@ _HARMLESS = {
     *('__annotate__', '__annotations_cache__', '__annotate_func__', '__classdictcell__'),
     *('_check_input_dim', 'extra_repr', '__repr__'),
 }
+_ITSELF = '(the module itself)'
 _PARALLEL = {'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule'}
 
 Select = str | Callable[[str, nn.Module], bool]
@@ -153,7 +154,7 @@ def convert(
         if is_bn(layer) and isinstance(layer, UBN) != kind.is_ubn
     }
     chosen = {
-        layer: names[0] or '(the module itself)'
+        layer: names[0] or _ITSELF
         for layer, names in candidates.items()
         if select is None or any(_is_selected(select, name, layer) for name in names)
     }
@@ -191,23 +192,21 @@ def convert_sync_ubn(
         nn.Module: ``module``, or the SyncUBN that takes its place.
 
     Raises:
+        TypeError: A layer is of a subclass of UBN, which may do more.
         ValueError: A layer has a 1-d or 3-d ``affine_kernel``, which SyncUBN lacks.
+        RuntimeError: Something else than the layer runs in its place.
+
+    All errors name the layer and leave the model as it was.
     """
     places = _find_places(module)
     replacements = {}
-    for layer in places:
+    for layer, found in places.items():
         if not isinstance(layer, UBN) or isinstance(layer, SyncUBN):
             continue
-        if layer.affine_kernel > 1 and layer._kernel_dims != SyncUBN._kernel_dims:
-            raise ValueError(
-                f'affine_kernel={layer.affine_kernel} of a {type(layer).__name__} has no '
-                f'SyncUBN: SyncUBN has a {SyncUBN._kernel_dims}-d neighbourhood'
-            )
-        cls = SyncUBNAct if isinstance(layer, UBNAct2d) else SyncUBN
-        sync = cls.__new__(cls)
-        sync.__setstate__(layer.__getstate__())
-        sync.process_group = process_group
-        replacements[layer] = sync
+        try:
+            replacements[layer] = _make_sync(layer, process_group)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f'{found[0].name or _ITSELF}: {error}') from error
     return _replace(module, places, replacements)
 
 
@@ -386,11 +385,7 @@ def _convert(
 ) -> nn.Module:
     """Make the layer that takes another's place."""
     own = find_kind(layer)
-    changed = [
-        name for name in ('forward', '_compiled_call_impl') if vars(layer).get(name) is not None
-    ]
-    if changed:
-        raise RuntimeError(f'{changed[0]} of this {type(layer).__name__} was replaced')
+    _check_unchanged(layer)
     if target.num_dims not in (None, own.num_dims) and own.num_dims is not None:
         raise ValueError(
             f'a {type(layer).__name__} has {own.num_dims} dimensions after (N, C), and '
@@ -414,6 +409,29 @@ def _convert(
     else:
         _check_exact(layer)
     return _build(layer, kind.find_class(), arguments)
+
+
+def _make_sync(layer: UBN, process_group: dist.ProcessGroup | None) -> SyncUBN:
+    """Make the SyncUBN that takes a UBN's place."""
+    kind = find_kind(layer)
+    _check_unchanged(layer)
+    if layer.affine_kernel > 1 and layer._kernel_dims != SyncUBN._kernel_dims:
+        raise ValueError(
+            f'affine_kernel={layer.affine_kernel} of a {type(layer).__name__} has no SyncUBN: '
+            f'SyncUBN has a {SyncUBN._kernel_dims}-d neighbourhood'
+        )
+    cls = kind._replace(is_sync=True).find_class()
+    sync = cls.__new__(cls)
+    sync.__setstate__(layer.__getstate__())
+    sync.process_group = process_group
+    return sync
+
+
+def _check_unchanged(layer: nn.Module) -> None:
+    """Raise where a layer runs something else than the forward of its class."""
+    for name in ('forward', '_compiled_call_impl'):
+        if vars(layer).get(name) is not None:
+            raise RuntimeError(f'{name} of this {type(layer).__name__} was replaced')
 
 
 def _check_kernel(layer: nn.Module, kind: Kind, arguments: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from .conversion import find_kind, is_bn
 from .layers import UBN
+from .layers.ubn import RECTIFIER_GAIN
+from .ops import Parameters
+from .ops.reference import apply_gain
 
 # Convolutions whose output is linear in their weight and bias, whatever their forward does to the
 # input before: by their qualified names, as not all of their packages are there.
@@ -95,7 +100,7 @@ def fuse(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Fus
             a whole: code that calls a convolution of another module's by itself would get the
             norm's part too.
         example_inputs (tuple, optional): Arguments of a call of the model. Its output is compared
-            before and after. Not needed, but a proof.
+            before and after. Not needed, but a proof. What calls do to its buffers is undone.
 
     Returns:
         FusionReport: What became of each norm layer, and why.
@@ -231,17 +236,9 @@ class _Forward:
         return required
 
     def _trace(self, arguments: dict[str, Any]) -> fx.Graph:
-        modules = list(self.owner.modules())
-        attributes = [dict(vars(module)) for module in modules]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                return _Tracer().trace(self.owner, concrete_args=arguments)
-        finally:
-            # A forward may have left something of the trace behind.
-            for module, before in zip(modules, attributes):
-                vars(module).clear()
-                vars(module).update(before)
+        with _undone(self.owner), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return _Tracer().trace(self.owner, concrete_args=arguments)
 
     def _find_calls(self, graph: fx.Graph, module: nn.Module) -> list[fx.Node]:
         return [
@@ -391,6 +388,29 @@ def _is_changed(module: nn.Module) -> bool:
     return 'forward' in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Leave attributes and buffers of a model as they were, whatever its forward does to them."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name in module._buffers.keys() - buffers.keys():
+                del module._buffers[name]
+            # By attribute: a scripted module has them elsewhere.
+            for name, buffer in buffers.items():
+                if getattr(module, name, None) is not buffer:
+                    setattr(module, name, buffer)
+        for buffer, value in values:
+            # Graphs may have kept those that did not move. Sparse ones cannot be compared.
+            if buffer.layout is not torch.strided or not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
 # ------------------------------------------------------------------------------------------
 # Folding
 # ------------------------------------------------------------------------------------------
@@ -398,7 +418,10 @@ def _is_changed(module: nn.Module) -> bool:
 
 def _fold(convolution: nn.Module, norm: nn.Module) -> tuple[nn.Module, str]:
     """Fold a norm into a convolution; return what takes the norm's place, and a note on it."""
-    rectifiers = norm.rectifiers() if isinstance(norm, UBN) else {}
+    rectifiers: dict[str, Tensor | None] = {}
+    if isinstance(norm, UBN):
+        parameters = Parameters(*(getattr(norm, name) for name in Parameters._fields))
+        rectifiers = apply_gain(parameters, RECTIFIER_GAIN, torch.float64)._asdict()
     kernel = rectifiers.get('neighbour_weight')
     has_kernel = kernel is not None and bool(kernel.any())
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -466,8 +489,9 @@ def _like(value: Tensor, parameter: Tensor) -> nn.Parameter:
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    leaves = pytree.tree_leaves(model(*inputs))
-    return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    with _undone(model):
+        leaves = pytree.tree_leaves(model(*inputs))
+        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> None:

@@ -2,19 +2,20 @@
 
 torch, mmengine and mmcv treat whatever is an instance of ``_BatchNorm`` as plain BN when they
 convert or fuse it. UBN has to be one (``norm_eval``, weight decay and more depend on it), so these
-entry points are wrapped: they raise if they meet a UBN and otherwise do what they did.
+entry points are wrapped: they raise if they meet a UBN and otherwise do what they did. Those of
+mmcv are where it is installed.
 """
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
-import mmcv.cnn
 import mmengine.model
 import mmengine.runner
 import torch.nn.utils.fusion
-from mmcv.cnn import ConvModule
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
 from torch import nn
 
@@ -72,7 +73,7 @@ def _guard_efficient_conv_bn_eval(function: Callable) -> Callable:
     """Wrap the method of ConvModule, which is called with False as well."""
 
     @functools.wraps(function)
-    def guarded(self: ConvModule, efficient_conv_bn_eval: bool = True) -> None:
+    def guarded(self: nn.Module, efficient_conv_bn_eval: bool = True) -> None:
         if efficient_conv_bn_eval and isinstance(self.norm, UBN):
             raise RuntimeError(f'efficient_conv_bn_eval=True of ConvModule {_INSTEAD["fuse"]}')
         function(self, efficient_conv_bn_eval)
@@ -81,10 +82,19 @@ def _guard_efficient_conv_bn_eval(function: Callable) -> Callable:
     return guarded
 
 
+def _import_mmcv() -> ModuleType | None:
+    """Return mmcv.cnn, None where mmcv is not installed."""
+    try:
+        return importlib.import_module('mmcv.cnn')
+    except ModuleNotFoundError as error:
+        if error.name != 'mmcv':
+            raise
+        return None
+
+
 def install() -> None:
     """Install the guards; once, however often it is called."""
     _replace_everywhere(mmengine.model.convert_sync_batchnorm, 'convert')
-    _replace_everywhere(mmcv.cnn.fuse_conv_bn, 'fuse')
     _replace_everywhere(torch.nn.utils.fusion.fuse_conv_bn_eval, 'fuse')
     _replace_everywhere(turn_on_efficient_conv_bn_eval_for_single_model, 'fuse')
 
@@ -92,6 +102,9 @@ def install() -> None:
     if not getattr(convert, '_ubn_guard', False):
         nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(_guard(convert.__func__, 'convert'))
 
-    turn_on = ConvModule.turn_on_efficient_conv_bn_eval
-    if not getattr(turn_on, '_ubn_guard', False):
-        ConvModule.turn_on_efficient_conv_bn_eval = _guard_efficient_conv_bn_eval(turn_on)
+    cnn = _import_mmcv()
+    if cnn is not None:
+        _replace_everywhere(cnn.fuse_conv_bn, 'fuse')
+        turn_on = cnn.ConvModule.turn_on_efficient_conv_bn_eval
+        if not getattr(turn_on, '_ubn_guard', False):
+            cnn.ConvModule.turn_on_efficient_conv_bn_eval = _guard_efficient_conv_bn_eval(turn_on)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ubn_det import UBN, UBN2d, convert
 
-EXTRAS = ('center_weight', 'scale_weight', 'scale_bias')
+EXTRAS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
 
 
 @pytest.fixture
@@ -137,14 +137,14 @@ def test_run_of_bn_goes_on_as_ubn(tmp_path, tool, paramwise, optimizer):
         for key, value in state.items():
             torch.testing.assert_close(states[name][key], value, rtol=1e-4, atol=1e-5)
     # The new parameters train, those of frozen layers do not.
-    assert 'head.1.center_weight' in states
+    assert {f'head.1.{extra}' for extra in EXTRAS} <= states.keys()
     groups = second.optim_wrapper.optimizer.param_groups
     names = [n for n, p in second.model.named_parameters() if p.requires_grad]
     assert len(groups) == (len(names) if paramwise else 1)
     assert {group['lr'] for group in groups} == {0.05}
     if paramwise:
         decay = dict(zip(names, (group['weight_decay'] for group in groups), strict=True))
-        assert decay['head.1.center_weight'] == decay['head.1.weight'] == 0
+        assert {decay[f'head.1.{name}'] for name in ('weight', *EXTRAS)} == {0}
 
     # And back, where the rectifiers are 0 still.
     back = tool(tmp_path / 'ubn.pth', '--norm-cfg', 'type=BN', *frozen)
@@ -162,7 +162,7 @@ def make_state(norm=nn.BatchNorm2d):
     model = Toy(norm)
     for name, tensor in model.state_dict().items():
         tensor.copy_(torch.rand_like(tensor) + 1 if tensor.is_floating_point() else tensor + 7)
-        if name.endswith((*EXTRAS, 'neighbour_weight')):
+        if name.endswith(EXTRAS):
             tensor.zero_()
     return model.state_dict()
 
@@ -224,11 +224,12 @@ def test_layers_without_affine_or_bias_and_old_ones_without_a_counter(tmp_path, 
     assert {k: v.dtype for k, v in converted.items()} == {k: v.dtype for k, v in expected.items()}
 
 
-def test_layer_that_is_no_bn_is_named_and_nothing_is_written(tmp_path, tool, capsys):
+@pytest.mark.parametrize('extra', EXTRAS)
+def test_layer_that_is_no_bn_is_named_and_nothing_is_written(tmp_path, tool, extra):
     state = make_state(UBN2d)
-    state['block.bn.scale_bias'][2] = 1e-20
+    state[f'block.bn.{extra}'][2] = 1e-20
     torch.save(dict(state_dict=state), tmp_path / 'ubn.pth')
-    with pytest.raises(SystemExit, match=r'ubn\.pth: block\.bn: its scale_bias is not 0'):
+    with pytest.raises(SystemExit, match=rf'ubn\.pth: block\.bn: its {extra} is not 0'):
         tool(tmp_path / 'ubn.pth', '--norm-cfg', 'type=BN')
     assert [path.name for path in tmp_path.iterdir()] == ['ubn.pth']
     # The others can be converted.

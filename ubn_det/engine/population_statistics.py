@@ -8,8 +8,9 @@ from mmengine.dist import all_reduce
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ubn_det import ops
 from ubn_det.layers import UBN
-from ubn_det.ops import planes
+from ubn_det.layers.ubn import RECTIFIER_GAIN
 
 
 class _Moments:
@@ -26,15 +27,11 @@ class _Moments:
 
         Args:
             x (Tensor): (N, C, *S), not empty.
-            center_weight (Tensor, optional): w_c of UBN, (C,); None for BN.
+            center_weight (Tensor, optional): Of UBN, (C,); None for BN.
         """
-        m, v, _ = planes.moments(x.contiguous())
-        m, v = m.double(), v.double()
-        if center_weight is not None:
-            m = m * (1 + center_weight.double())
-        count = x.numel() // x.shape[1]
-        mean = m.mean(0)
-        deviation = (v + (m - mean).square()).sum(0) * (count // x.shape[0])
+        summary = ops.describe(x, center_weight, RECTIFIER_GAIN).double()
+        (mean, var), count = summary[:-3].chunk(2), x.numel() // x.shape[1]
+        deviation = var * count
 
         # Chan's formula, with a count of 0 for a batch that is left out.
         is_finite = torch.isfinite(mean.sum() + deviation.sum())
@@ -93,7 +90,7 @@ class PopulationStatistics:
                 x = args[0] if args else kwargs['input']
                 if x.numel():
                     is_ubn = isinstance(layer, UBN)
-                    moments.add(x, layer.rectifiers()['center_weight'] if is_ubn else None)
+                    moments.add(x, layer.center_weight if is_ubn else None)
 
             self._handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))
         return self

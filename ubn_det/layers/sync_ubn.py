@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.registry import MODELS
 
-from ubn_det.ops.process_group import check_exists
+from ubn_det.ops.collectives import check_exists
 
 from .ubn import UBN
 

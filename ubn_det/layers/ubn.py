@@ -1,37 +1,20 @@
 """Unified Batch Normalization on one process."""
 
-import functools
 import numbers
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ubn_det.ops import (
-    Buffers,
-    Parameters,
-    Rule,
-    Statistics,
-    planes,
-    unified_batch_norm,
-    unified_batch_norm_plain,
-    unified_batch_norm_training,
-)
+from ubn_det import ops
+from ubn_det.ops.dispatch import say_what_is_missing
 
-ON_CONDENSED = ('running', 'freeze')
-EXTRA_PARAMETERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
-GATE_BUFFERS = (
-    'condensation',
-    'num_batches_condensed',
-    'num_batches_readmitted',
-    'consecutive_condensed',
-)
+from .loading import EXTRA_PARAMETERS, GAIN_VERSION, GATE_BUFFERS, prepare
+
 COUNTERS = ('num_batches_tracked', *GATE_BUFFERS[1:])
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,53 +25,6 @@ _MAX_KERNEL = 999
 # optimizer like Adam, which moves every parameter by about the learning rate, would take most of a
 # short training to values that matter: docs/results.md has what that costs.
 RECTIFIER_GAIN = 10.0
-
-
-class Gain(torch.autograd.Function):
-    """Times RECTIFIER_GAIN; the gradient is divided by it, where the derivative would multiply.
-
-    So SGD moves what the formulas take as if it were the parameter, and an optimizer whose step
-    does not depend on the scale of gradients moves it the gain times as far. A constant factor on
-    a parameter's gradient is a choice of its step, not of the function that is learnt (unit
-    scaling: Blake, Orr and Luschi, ICML 2023).
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(parameter: Tensor) -> Tensor:
-        """Return the values."""
-        return parameter * RECTIFIER_GAIN
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Return the gradient."""
-        return gradient / RECTIFIER_GAIN
-
-
-def _gain_by_operators(parameter: Tensor) -> Tensor:
-    """Do what ``Gain`` does in a graph that has to run without this package."""
-    fixed = parameter.detach()
-    # The difference is 0, and carries the gradient.
-    return fixed * RECTIFIER_GAIN + (parameter - fixed) / RECTIFIER_GAIN
-
-
-class Kept(NamedTuple):
-    """What a forward that may be recomputed leaves for its second run.
-
-    Args:
-        statistics (Statistics): What normalized the batch.
-        instance_mean (Tensor): m of the input, (N, C), by which the second run knows it.
-        follows_another (bool): Whether an earlier forward's was still there.
-    """
-
-    statistics: Statistics
-    instance_mean: Tensor
-    follows_another: bool
 
 
 @MODELS.register_module()
@@ -106,20 +42,19 @@ class UBN(_BatchNorm):
     ``weight``, ``bias``, w_c = 10 ``center_weight``, w_s = 10 ``scale_weight`` and b_s = 10
     ``scale_bias`` are (C,); neighbour = 10 ``neighbour_weight`` is a depthwise kernel. All but
     ``weight`` start at 0, so that a new UBN is BN. The 10 lets Adam move them 10 times as fast as
-    the other parameters, and SGD as fast; see ``Gain``.
+    the other parameters, and SGD as fast; see ``ops.reference.apply_gain``.
 
-    In training the *condensation score* s, the mean cosine similarity over all pairs of samples of
-    x, decides whether the batch is let through. The gate is open, and the batch normalizes itself
-    and moves the running statistics as in BN,
+    A training batch is normalized by its own statistics, as in BN. Its *condensation score* s, the
+    mean cosine similarity over all pairs of samples of x, decides whether it moves the running
+    statistics,
 
     .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch,
 
-    unless s > ``condensation_threshold``, where there is one, or the batch's statistics are not
-    finite. Closed, the running statistics stay as they are to the bit, and ``on_condensed`` says
-    what normalizes the batch. The score is not looked at before ``warmup`` batches have moved the
-    running statistics, nor while ``momentum`` is None; after ``patience`` closed batches in a row
-    one batch is let through whatever its score. The decision is made on the device, without a host
-    synchronisation.
+    It does unless s > ``condensation_threshold``, where there is one, or its statistics are not
+    finite: then the gate is closed, and the running statistics stay as they are to the bit. The
+    score is not looked at before ``warmup`` batches have moved the running statistics, nor while
+    ``momentum`` is None; after ``patience`` closed batches in a row one batch is let through
+    whatever its score. The decision is made on the device, without a host synchronisation.
 
     Special cases: BN without centering, scaling, threshold; RBN (Gao et al., CVPR 2021) with
     centering and scaling, its ``weight`` halved; BNET-k (Xu et al., arXiv 2011.14150) with
@@ -136,8 +71,8 @@ class UBN(_BatchNorm):
             always normalizes itself, in evaluation too, and there is no gate.
         condensation_threshold (float, optional): In [-1, 1]; 1 keeps the score and closes no gate,
             None turns the score off. Statistics that are not finite close the gate in any case.
-        on_condensed (str): What normalizes a batch whose gate is closed: 'running', the running
-            statistics (no gradient through them), or 'freeze', its own.
+        on_condensed (str, optional): Deprecated, and without effect: 'freeze' is what every layer
+            does now, 'running' was removed.
         warmup (int): Number of batches that move the running statistics before the score is looked
             at, >= 0.
         patience (int): Number of closed batches in a row after which one is let through, >= 1.
@@ -164,6 +99,7 @@ class UBN(_BatchNorm):
             channels, or a single value per channel in training.
     """
 
+    _version = GAIN_VERSION
     _abbr_ = 'bn'
     _input_dims: tuple[int, ...] = (2, 3, 4, 5)
     _kernel_dims = 2
@@ -178,7 +114,7 @@ class UBN(_BatchNorm):
         track_running_stats: bool = True,
         *,
         condensation_threshold: float | None = None,
-        on_condensed: str = 'running',
+        on_condensed: str | None = None,
         warmup: int = 50,
         patience: int = 100,
         centering: bool = True,
@@ -198,8 +134,18 @@ class UBN(_BatchNorm):
             condensation_threshold = _number(
                 'condensation_threshold', condensation_threshold, -1, 1
             )
-        if not isinstance(on_condensed, str) or on_condensed not in ON_CONDENSED:
-            raise ValueError(f'on_condensed must be one of {ON_CONDENSED}, got {on_condensed!r}')
+        if on_condensed == 'freeze':
+            warnings.warn(
+                "on_condensed is deprecated: leave it out, every layer does what 'freeze' did",
+                FutureWarning,
+                stacklevel=2,
+            )
+        elif on_condensed is not None:
+            raise ValueError(
+                f'on_condensed={on_condensed!r} was removed: a batch is always normalized by its '
+                'own statistics, and a closed gate leaves the running ones as they are. Leave '
+                'the argument out'
+            )
         warmup = _integer('warmup', warmup, 0)
         patience = _integer('patience', patience, 1)
         for name, value in dict(
@@ -226,7 +172,6 @@ class UBN(_BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         self.condensation_threshold = condensation_threshold
-        self.on_condensed = on_condensed
         self.warmup = warmup
         self.patience = patience
         self.centering = centering
@@ -255,7 +200,7 @@ class UBN(_BatchNorm):
                 kind = torch.float32 if name == 'condensation' else torch.long
                 buffer = torch.zeros((), device=device, dtype=kind)
             self.register_buffer(name, buffer)
-        self._kept: Kept | None = None
+        say_what_is_missing()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, and in training move the running statistics if the gate is open.
@@ -268,131 +213,25 @@ class UBN(_BatchNorm):
             Tensor: Shape, type and memory format of ``input``.
         """
         self._check_input(input)
-        takes_batch = self.training or self.running_mean is None
-        if not takes_batch and self._is_bn(input):
-            return self._bn(input)
+        parameters = ops.Parameters(*(getattr(self, name) for name in ops.Parameters._fields))
+        is_tracking = self.training and self.running_mean is not None
+        if not self.training and self.running_mean is not None:
+            statistics = self.running_mean, self.running_var
+            return ops.evaluate(input, *statistics, parameters, self.eps, RECTIFIER_GAIN)
 
-        is_plain = not takes_batch and _is_exporting()
-        x = input if is_plain else input.contiguous()
-        # A map of height 1 where the neighbourhood has more dimensions.
-        missing = 2 + self._kernel_dims - x.dim() if self.affine_kernel > 1 else 0
-        if missing:
-            x = x.reshape(*x.shape[:2], *[1] * missing, *x.shape[2:])
-        parameters = Parameters(self.weight, self.bias, *self.rectifiers().values())
-        if is_plain:
-            statistics = Statistics(self.running_mean, self.running_var)
-            y = unified_batch_norm_plain(x, parameters, self.eps, statistics)
-        elif takes_batch and not (self.training and _is_recomputing()):
-            group = self._group_name()
-            if (
-                group is not None
-                and torch.is_grad_enabled()
-                and not any(t is not None and t.requires_grad for t in (x, *parameters))
-            ):
-                # Other ranks may go back through here, and wait for this one.
-                x = x.detach().requires_grad_()
-            y, instance_mean, statistics = unified_batch_norm_training(
-                x, parameters, self.eps, self._buffers_in_use(), self._rule(), group
-            )
-            if self.training and _may_be_recomputed():
-                self._kept = Kept(statistics, instance_mean, self._kept is not None)
-        else:
-            instance_mean = planes.instance_mean(x.detach())
-            if takes_batch:
-                statistics = self._recall(instance_mean)
-            else:
-                statistics = Statistics(self.running_mean, self.running_var)
-            y = unified_batch_norm(x, parameters, self.eps, statistics, instance_mean)
-        if missing:
-            y = y.reshape(input.shape)
-        memory_format = None if is_plain else _memory_format(input)
-        return y if memory_format is None else y.contiguous(memory_format=memory_format)
-
-    def rectifiers(self) -> dict[str, Tensor | None]:
-        """Return what the formulas take, by the names of the parameters, None for what is off.
-
-        w_c, w_s, b_s and neighbour: RECTIFIER_GAIN times the parameters, see ``Gain``.
-        """
-        parameters = ((name, getattr(self, name)) for name in EXTRA_PARAMETERS)
-        gain = Gain.apply
-        if _is_exporting():
-            gain = _gain_by_operators
-        elif not torch.is_grad_enabled():
-            gain = Gain.forward
-        return {name: None if p is None else gain(p) for name, p in parameters}
-
-    def _is_bn(self, input: Tensor) -> bool:
-        """Whether there is nothing that BN lacks, or all of it at 0: then BN's own kernel runs."""
-        extras = [getattr(self, name) for name in EXTRA_PARAMETERS]
-        extras = [extra for extra in extras if extra is not None]
-        if not extras:
-            return True
-        # A GPU would have to be waited for, and what traces would keep the answer for good.
-        if (
-            input.is_cuda
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or (torch.is_grad_enabled() and any(e.requires_grad for e in extras))
-        ):
-            return False
-        return not any(e.any() for e in extras)
-
-    def _bn(self, input: Tensor) -> Tensor:
-        dtype = planes.accumulate_dtype(input.dtype)
-        mean, var, weight, bias = (
-            None if t is None else t.to(dtype)
-            for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        is_scored = is_tracking and self.condensation_threshold is not None
+        y, summary = ops.train(
+            input, parameters, self.eps, RECTIFIER_GAIN, is_scored, self._group_name()
         )
-        if torch.is_grad_enabled():
-            # A training forward before the backward pass moves the buffers in place.
-            mean, var = mean.clone(), var.clone()
-        return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
-
-    def _buffers_in_use(self) -> Buffers | None:
-        if not self.training or self.running_mean is None:
-            return None
-        return Buffers(
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.condensation,
-            self.num_batches_condensed,
-            self.num_batches_readmitted,
-            self.consecutive_condensed,
-        )
-
-    def _rule(self) -> Rule:
-        return Rule(
-            self.momentum,
-            self.condensation_threshold,
-            self.warmup,
-            self.patience,
-            self.on_condensed == 'freeze',
-        )
+        if is_tracking:
+            buffers = ops.Buffers(*(getattr(self, name) for name in ops.Buffers._fields))
+            rule = (self.momentum, self.condensation_threshold, self.warmup, self.patience)
+            ops.update(buffers, summary, ops.Rule(*rule))
+        return y
 
     def _group_name(self) -> str | None:
         """Return the name of the process group that shares the statistics, '' for all ranks."""
         return None
-
-    def _recall(self, instance_mean: Tensor) -> Statistics:
-        """Return the statistics of the forward that activation checkpointing runs again.
-
-        Their choice depends on counters that the first run has moved, so it cannot be made again.
-        """
-        kept, self._kept = self._kept, None
-        # Where an earlier call was never recomputed, make sure that the last one is meant: only
-        # then the host waits for the device.
-        if kept is None or (
-            kept.follows_another and not _agree(kept.instance_mean, instance_mean)
-        ):
-            raise RuntimeError(
-                f'{type(self).__name__} was called more than once inside activation '
-                'checkpointing (with_cp) before the backward pass, and kept the statistics of '
-                'its last call only. Checkpoint each call of the layer in a training step at '
-                'most once, or exclude the modules that share it from checkpointing'
-            )
-        return kept.statistics
 
     def _check_input(self, input: Tensor) -> None:
         name = type(self).__name__
@@ -420,8 +259,6 @@ class UBN(_BatchNorm):
             )
         if input.dtype not in DTYPES:
             raise TypeError(f'{name} expects a floating point input, got {input.dtype}')
-        if input.device.type not in ('cpu', 'cuda'):
-            raise TypeError(f'{name} runs on cpu and cuda, got an input on {input.device.type}')
         # Kernels would return what happens to be in memory.
         for tensors in (self._parameters, self._buffers):
             for key, tensor in tensors.items():
@@ -459,30 +296,8 @@ class UBN(_BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load all entries, or none of them where one is wrong.
-
-        What a plain BN lacks becomes the identity, so that the result is that BN.
-        """
-        # Known by its keys: metadata does not survive every loader.
-        if prefix + 'running_mean' in state_dict or prefix + 'weight' in state_dict:
-            names = [
-                name
-                for name in EXTRA_PARAMETERS + GATE_BUFFERS
-                if getattr(self, name) is not None and prefix + name not in state_dict
-            ]
-            for name in names:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device='cpu')
-            if names:
-                _log_filled_once(type(self).__name__)
-        is_assigned = local_metadata.get('assign_to_params_buffers', False)
-        errors = list(self._load_errors(state_dict, prefix, is_assigned))
-        if errors:
-            error_msgs.extend(errors)
-            # The base class looks for missing and unexpected keys; it loads what is there already.
-            local_metadata = {**local_metadata, 'assign_to_params_buffers': False}
-            for name, tensor in self._tensors():
-                if prefix + name in state_dict:
-                    state_dict[prefix + name] = tensor.detach().clone()
+        """Load all entries, or none of them where one is wrong: see ``loading``."""
+        local_metadata = prepare(self, state_dict, prefix, local_metadata, error_msgs)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -493,49 +308,14 @@ class UBN(_BatchNorm):
             error_msgs,
         )
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names and values of all parameters and buffers that there are."""
-        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-            if tensor is not None:
-                yield name, tensor
-
-    def _load_errors(
-        self, state_dict: dict[str, Any], prefix: str, is_assigned: bool
-    ) -> Iterator[str]:
-        """Yield what is wrong with the entries of this layer."""
-        for name, own in self._tensors():
-            key = prefix + name
-            if key not in state_dict:
-                continue
-            entry = state_dict[key]
-            if not torch.overrides.is_tensor_like(entry):
-                yield f'{key} must be a Tensor, got {type(entry).__name__}'
-            elif entry.shape != own.shape and not (own.dim() == 0 and entry.shape == (1,)):
-                yield (
-                    f'size mismatch for {key}: it has shape {tuple(entry.shape)}, the layer '
-                    f'{tuple(own.shape)}'
-                )
-            elif entry.layout is not torch.strided:
-                yield f'{key} must be dense, got {entry.layout}'
-            elif entry.is_meta and not (own.is_meta or is_assigned):
-                yield f'{key} is on the meta device and has no values'
-            elif not (_is_count if name in COUNTERS else _is_floating)(entry, is_assigned):
-                yield f'{key} must be {own.dtype}, got {entry.dtype} that it cannot be made of'
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        # Belongs to a forward of this very module.
-        state['_kept'] = None
-        return state
-
     def extra_repr(self) -> str:
         """Return the arguments."""
         return (
             f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, '
             f'affine={self.affine}, track_running_stats={self.track_running_stats}, '
             f'condensation_threshold={self.condensation_threshold}, '
-            f'on_condensed={self.on_condensed!r}, warmup={self.warmup}, '
-            f'patience={self.patience}, centering={self.centering}, scaling={self.scaling}, '
+            f'warmup={self.warmup}, patience={self.patience}, '
+            f'centering={self.centering}, scaling={self.scaling}, '
             f'affine_kernel={self.affine_kernel}'
         )
 
@@ -563,70 +343,6 @@ class UBN3d(UBN):
     _input_dims = (5,)
     _kernel_dims = 3
     _default_kernel = 1
-
-
-@functools.cache
-def _log_filled_once(name: str) -> None:
-    print_log(
-        f'Loaded weights of plain BN into {name}: its rectifiers and counters start at 0, so '
-        'that it equals that BN.',
-        logger='current',
-    )
-
-
-def _is_exporting() -> bool:
-    """Whether the forward makes a graph that has to run without this package."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def _may_be_recomputed() -> bool:
-    """Whether this forward may be inside activation checkpointing.
-
-    The reentrant kind runs it without gradient, the other under hooks on saved tensors.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return not torch.is_grad_enabled() or hooks is not None
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two instance means are of the same input, up to a kernel's choice of order."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does it."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
-
-
-def _memory_format(x: Tensor) -> torch.memory_format | None:
-    """Return channels_last (2d or 3d) where ``x`` is stored so and only so."""
-    if x.is_contiguous():
-        return None
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    is_so = channels_last and torch._prims_common.suggest_memory_format(x) == channels_last
-    return channels_last if is_so else None
-
-
-def _is_floating(entry: Tensor, is_assigned: bool) -> bool:
-    """Whether a parameter or a statistic can be made of ``entry``."""
-    return entry.dtype in DTYPES
-
-
-def _is_count(entry: Tensor, is_assigned: bool) -> bool:
-    """Whether a counter can be made of ``entry``.
-
-    It may be a float, as in a checkpoint that was cast as a whole, and have a fraction, as
-    mmdet's SyncNormHook loads the mean over ranks.
-    """
-    if is_assigned:
-        return entry.dtype == torch.long
-    if entry.dtype in DTYPES:
-        return bool(entry.abs() < 2**63)
-    return entry.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:

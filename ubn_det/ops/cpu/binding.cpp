@@ -25,7 +25,7 @@ constexpr int64_t MAX_PAIRWISE = 4;
 // A task's part of one sample is at least this long, so that memory is read in runs, ...
 constexpr int64_t RUN_BYTES = 2 << 10;
 // ... unless its part of all samples would not fit the second-level cache.
-constexpr int64_t TASK_BYTES = 1 << 20;
+constexpr int64_t TASK_BYTES = 8 << 20;
 
 void run_on_channels(Task task, const Call& call, int64_t bytes_a_value) {
   const int64_t plane = call.height * call.width * bytes_a_value;
@@ -44,6 +44,17 @@ bool is_last(const Tensor& x) {
 
 at::ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// A parameter, a statistic or a sum that goes with features x.
+void check(const Tensor& tensor, const Tensor& x) {
+  TORCH_CHECK(
+      tensor.device() == x.device(),
+      "UBN: the input is on ", x.device(), " and the layer on ", tensor.device(),
+      ": move one of them");
+  TORCH_CHECK(
+      tensor.is_contiguous() && tensor.scalar_type() == accumulate_type(x),
+      "UBN: a tensor has to be contiguous and of type ", accumulate_type(x));
 }
 
 const void* pointer(const Optional& tensor) {
@@ -71,9 +82,7 @@ Call call_of(const Tensor& x, const Parameters& parameters, double eps, double g
   call.eps = eps;
   call.gain = gain;
   for (const auto& parameter : parameters)
-    TORCH_INTERNAL_ASSERT(
-        !parameter.has_value() ||
-        (parameter->is_contiguous() && parameter->scalar_type() == accumulate_type(x)));
+    if (parameter.has_value()) check(*parameter, x);
   return call;
 }
 
@@ -182,7 +191,7 @@ std::tuple<Tensor, Tensor> moments(
   return describe(call, x, is_scored);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor> train(
     const Tensor& x, const Parameters& parameters, double eps, double gain, bool is_scored) {
   Call call = call_of(x, parameters, eps, gain);
   Tensor y = at::empty_like(x);
@@ -191,7 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {y, m, summary};
 }
 
-void set_statistics(Call& call, const Tensor& mean, const Tensor& var) {
+void set_statistics(Call& call, const Tensor& x, const Tensor& mean, const Tensor& var) {
+  check(mean, x);
+  check(var, x);
   call.mean = mean.data_ptr();
   call.var = var.data_ptr();
 }
@@ -205,7 +216,7 @@ Tensor normalize(
     double eps,
     double gain) {
   Call call = call_of(x, parameters, eps, gain);
-  set_statistics(call, mean, var);
+  set_statistics(call, x, mean, var);
   Tensor y = at::empty_like(x);
   call.m = m.data_ptr();
   call.y = y.data_ptr();
@@ -225,7 +236,7 @@ Tensor evaluate(
     double eps,
     double gain) {
   Call call = call_of(x, parameters, eps, gain);
-  set_statistics(call, mean, var);
+  set_statistics(call, x, mean, var);
   Tensor y = at::empty_like(x);
   call.y = y.data_ptr();
   if (is_last(x)) {
@@ -296,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Gradients> reduce(
     double eps,
     double gain) {
   Call call = call_of(x, parameters, eps, gain);
-  set_statistics(call, mean, var);
+  set_statistics(call, x, mean, var);
   auto [kept, sums, d_statistics] = set_backward(call, dy, x, m);
   Gradients gradients = new_gradients(parameters, call);
   if (is_last(x)) {
@@ -320,7 +331,7 @@ std::tuple<Tensor, Optional> input_gradient(
     double eps,
     double gain) {
   Call call = call_of(x, parameters, eps, gain);
-  set_statistics(call, mean, var);
+  set_statistics(call, x, mean, var);
   set_output_gradient(call, dy, x);
   call.m = m.data_ptr();
   call.m_is_known = true;
@@ -343,6 +354,7 @@ std::tuple<Tensor, Optional> input_gradient(
   return {dx, d_center_weight};
 }
 
+// Without has_input_gradient dx has no values.
 std::tuple<Tensor, Gradients> backward(
     const Tensor& dy,
     const Tensor& x,
@@ -351,16 +363,17 @@ std::tuple<Tensor, Gradients> backward(
     const Tensor& var,
     const Parameters& parameters,
     bool has_batch_statistics,
+    bool has_input_gradient,
     double eps,
     double gain) {
   Call call = call_of(x, parameters, eps, gain);
-  set_statistics(call, mean, var);
+  set_statistics(call, x, mean, var);
   auto [kept, sums, d_statistics] = set_backward(call, dy, x, m);
   Gradients gradients = new_gradients(parameters, call);
   call.has_d_statistics = has_batch_statistics;
   call.share = 1 / (double(call.samples) * call.height * call.width);
-  Tensor dx = at::empty_like(x);
-  call.dx = dx.data_ptr();
+  Tensor dx = has_input_gradient ? at::empty_like(x) : at::empty({0}, x.options());
+  call.dx = has_input_gradient ? dx.data_ptr() : nullptr;
   if (is_last(x)) {
     ChannelsLastSteps steps(call, x.scalar_type());
     steps.reduce();
@@ -371,17 +384,95 @@ std::tuple<Tensor, Gradients> backward(
   return {dx, gradients};
 }
 
+// running = (1 - factor) running + factor new, in double.
+template <class A>
+void move(Tensor& running, const A* values, double factor, double correction) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, running.scalar_type(), "update", [&] {
+        scalar_t* p = running.data_ptr<scalar_t>();
+        for (int64_t c = 0; c < running.numel(); ++c)
+          p[c] = static_cast<scalar_t>(
+              (1 - factor) * static_cast<double>(p[c]) + factor * (values[c] * correction));
+      });
+}
+
+template <class A>
+void update_from(
+    std::array<Tensor, 7>& buffers,
+    const A* summary,
+    int64_t channels,
+    std::optional<double> momentum,
+    std::optional<double> threshold,
+    int64_t warmup,
+    int64_t patience) {
+  auto& [running_mean, running_var, tracked, condensation, condensed, readmitted, consecutive] =
+      buffers;
+  const auto count_of = [](Tensor& t) -> int64_t& { return *t.data_ptr<int64_t>(); };
+  const double count = summary[2 * channels], pair_sum = summary[2 * channels + 1],
+               num_pairs = summary[2 * channels + 2];
+  if (count == 0) return;
+
+  // A NaN or an infinity in any channel survives the sum.
+  double total = 0;
+  for (int64_t i = 0; i < 2 * channels; ++i) total += summary[i];
+  bool is_open = std::isfinite(total) && count > 1;
+  if (threshold.has_value() && num_pairs > 0) {
+    // Rounding may lift the score of equal samples over 1.
+    const double score = std::clamp(pair_sum / num_pairs, -1.0, 1.0);
+    if (std::isfinite(score)) {
+      *condensation.data_ptr<float>() = static_cast<float>(score);
+      const bool is_over = momentum.has_value() && static_cast<float>(score) > *threshold &&
+          count_of(tracked) >= warmup;
+      if (is_over && is_open) {
+        is_open = count_of(consecutive) >= patience;
+        count_of(readmitted) += is_open;
+      }
+    }
+  }
+  if (!is_open) {
+    ++count_of(condensed);
+    ++count_of(consecutive);
+    return;
+  }
+  ++count_of(tracked);
+  count_of(consecutive) = 0;
+  const double factor = momentum.value_or(1.0 / count_of(tracked));
+  move(running_mean, summary, factor, 1);
+  move(running_var, summary + channels, factor, count / (count - 1));
+}
+
+// The gate, as gate.py has it in operators: decides, counts, and moves the running statistics.
+void update(
+    std::array<Tensor, 7> buffers,
+    const Tensor& summary,
+    std::optional<double> momentum,
+    std::optional<double> threshold,
+    int64_t warmup,
+    int64_t patience) {
+  const int64_t channels = buffers[0].numel();
+  for (const Tensor& buffer : buffers)
+    TORCH_CHECK(
+        buffer.device() == summary.device(),
+        "UBN: the input is on ", summary.device(), " and the layer's buffers on ",
+        buffer.device(), ": move one of them");
+  AT_DISPATCH_FLOATING_TYPES(summary.scalar_type(), "update", [&] {
+    update_from(
+        buffers, summary.data_ptr<scalar_t>(), channels, momentum, threshold, warmup, patience);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using Guard = py::call_guard<py::gil_scoped_release>;
   module.def("moments", &moments, Guard());
-  module.def("forward", &forward, Guard());
+  module.def("train", &train, Guard());
   module.def("normalize", &normalize, Guard());
   module.def("evaluate", &evaluate, Guard());
   module.def("reduce", &reduce, Guard());
   module.def("input_gradient", &input_gradient, Guard());
   module.def("backward", &backward, Guard());
+  module.def("update", &update, Guard());
 }
 
 }  // namespace ubn

@@ -26,7 +26,7 @@ struct Call {
   const void* x;
   const void* dy;
   void* y;   // T, output of the forward
-  void* dx;  // T, output of the backward
+  void* dx;  // T, output of the backward; null where it is not asked for
 
   // Parameters, A, (C,) and (C, 1, k, k); null for none. The rectifiers count `gain` times.
   const void *weight, *bias, *center_weight, *scale_weight, *scale_bias, *neighbour_weight;

@@ -46,6 +46,9 @@ constexpr int64_t LAST_CHUNK = 4096;
 // What a band of rows takes at most where a row is not longer.
 constexpr int64_t BAND_BYTES = 20 << 10;
 
+// Larger planes than this the processor reads ahead by itself.
+constexpr int64_t PREFETCHED_BYTES = 2 << 10;
+
 // Bytes that a task on `channels` channels needs, in any instruction set.
 inline int64_t memory_of(const Call& call, int64_t channels) {
   const int64_t taps = call.kernel * call.kernel, halo = call.kernel - 1;
