@@ -11,7 +11,9 @@ struct Cut {
   int64_t blocks;   // of channels
   int64_t bands;    // of rows, to each sample; a band of one sample is a unit
   int64_t groups;   // of units, one after another, to whom the sums over the batch are handed
-  int64_t columns;  // a kernel walks at a time
+  int64_t columns;  // from tile to tile that are done from top to bottom at a time
+  int64_t ahead;    // columns, of the tile to ask memory for
+  bool streams;     // whether results go past the caches
 };
 
 // T is the type of the features; A, float or double, that of all else.

@@ -11,6 +11,11 @@ constexpr int64_t LAST_RUN_BYTES = 1 << 10;
 // What a walk reads of one row, in all channels of its block, fits the second-level cache several
 // times over.
 constexpr int64_t LAST_WALK_BYTES = 64 << 10;
+// How far ahead, in all channels of a block, memory is asked for.
+constexpr int64_t LAST_AHEAD_BYTES = 4 << 10;
+// Results of this size go past the caches: they would push out what is still to be read, and be
+// gone before the next operator reads them.
+constexpr int64_t LAST_STREAM_BYTES = 32 << 20;
 // Parts and groups that are enough to keep many threads busy, ...
 constexpr int64_t LAST_PARTS = 64;
 // ... and the size of a part that is worth a task.
@@ -36,6 +41,11 @@ class ChannelsLastSteps {
     cut.groups = std::clamp<int64_t>(cover(LAST_PARTS, cut.blocks), 1, std::max<int64_t>(units_, 1));
     const int64_t bytes = cover(call.channels, cut.blocks) * element_size_;
     cut.columns = std::max<int64_t>(16, LAST_WALK_BYTES / std::max<int64_t>(bytes, 1) / 4 * 4);
+    cut.ahead = std::max<int64_t>(4, LAST_AHEAD_BYTES / std::max<int64_t>(bytes, 1) / 4 * 4);
+    const int64_t row = call.channels * element_size_;
+    const void* out = call.y ? call.y : call.dx;
+    cut.streams = call.samples * pixels * row >= LAST_STREAM_BYTES && row % 64 == 0 &&
+        reinterpret_cast<uintptr_t>(out) % 64 == 0;
   }
 
   // m, and v, mean and var where they are asked for.
