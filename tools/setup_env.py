@@ -48,7 +48,10 @@ LOGS = VENV / 'logs'
 # Packages that only some tests import, not on the environment's path.
 EXTRA = VENV / 'extra'
 # What the environment is made from; a change in one of them brings it up to date.
-INPUTS = (ROOT / 'requirements.txt', ROOT / 'setup.py', Path(__file__).resolve())
+INPUTS = (
+    *(ROOT / 'requirements.txt', ROOT / 'setup.py', Path(__file__).resolve()),
+    *sorted((ROOT / 'ubn_det/ops/cpu').glob('*.*')),
+)
 
 PYTHON_VERSION = '{}.{}'.format(*sys.version_info[:2])
 HEARTBEAT_SECONDS = 30
@@ -511,7 +514,7 @@ def install_mmcv(requirement: str, torch: str, cache: Path, cuda_ops: bool) -> N
 
 def install_project(mmdet: list[str]) -> None:
     """Install mmdetection and this project, and check that all of it can be imported."""
-    say('installing mmdetection and ubn_det')
+    say('installing mmdetection, and ubn_det, whose kernels are compiled (1 to 5 minutes)')
     pip_install('mmdet', mmdet, '--no-build-isolation')
     pip_install('project', [f'-e {ROOT}'], '--no-build-isolation')
     try:

@@ -134,7 +134,7 @@ class UBN(_BatchNorm):
             condensation_threshold = _number(
                 'condensation_threshold', condensation_threshold, -1, 1
             )
-        if on_condensed == 'freeze':
+        if isinstance(on_condensed, str) and on_condensed == 'freeze':
             warnings.warn(
                 "on_condensed is deprecated: leave it out, every layer does what 'freeze' did",
                 FutureWarning,

@@ -117,7 +117,7 @@ def _backward(
         dx, *gradients = (t.zero_() for t in _empty_gradients(x, parameters, True))
         d_statistics = mean.new_zeros(2, len(mean))
     else:
-        m, sums, d_statistics, gradients = kernels.reduce(
+        m, sums, d_statistics, *gradients = kernels.reduce(
             dy, x, m, mean, var, parameters, eps, gain
         )
     if group is not None:
@@ -127,7 +127,7 @@ def _backward(
         dx, d_center_weight = kernels.input_gradient(
             *(dy, x, m, mean, var, parameters, sums, d_statistics, share, eps, gain)
         )
-        gradients[Parameters._fields.index('center_weight')] = d_center_weight
+        gradients.insert(Parameters._fields.index('center_weight'), d_center_weight)
     return [dx, *(g for g in gradients if g is not None)]
 
 

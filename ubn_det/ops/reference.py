@@ -96,20 +96,18 @@ def apply_gain(parameters: Parameters, gain: float, dtype: torch.dtype) -> Param
     gradient is a choice of the step, not of the function that is learnt (unit scaling: Blake, Orr
     and Luschi, ICML 2023).
     """
-
-    def times_gain(parameter: Tensor | None) -> Tensor | None:
-        if parameter is None:
-            return None
-        fixed = parameter.detach().to(dtype)
-        # The difference is 0, and carries the gradient.
-        return fixed * gain + (parameter.to(dtype) - fixed) / gain
-
     weight, bias, *rectifiers = parameters
     return Parameters(
         None if weight is None else weight.to(dtype),
         None if bias is None else bias.to(dtype),
-        *map(times_gain, rectifiers),
+        *(None if p is None else _times_gain(p.to(dtype), gain) for p in rectifiers),
     )
+
+
+def _times_gain(parameter: Tensor, gain: float) -> Tensor:
+    fixed = parameter.detach()
+    # The difference is 0, and carries the gradient.
+    return fixed * gain + (parameter - fixed) / gain
 
 
 def _center(x: Tensor, p: Parameters) -> Tensor:

@@ -1791,6 +1791,71 @@ def input_gradient(
     return dx, d_center_weight
 
 
+def train(
+    x: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    eps: float,
+    gain: float,
+    is_scored: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize a batch by its own statistics: :func:`moments`, then :func:`normalize`.
+
+    Args:
+        x (Tensor): As in :func:`moments`.
+        parameters (tuple[Tensor | None, ...]): As in :func:`normalize`.
+        eps (float): Added to the variance.
+        gain (float): How much rectifiers count.
+        is_scored (bool): As in :func:`moments`.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: y, m and the summary.
+    """
+    m, summary = moments(x, parameters[2], gain, is_scored)
+    mean, var = summary[:-3].chunk(2)
+    return normalize(x, m, mean, var, parameters, eps, gain), m, summary
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    m: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    has_batch_statistics: bool,
+    has_input_gradient: bool,
+    eps: float,
+    gain: float,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Take all gradients on one process: :func:`reduce`, then :func:`input_gradient`.
+
+    Args:
+        dy (Tensor): As in :func:`reduce`.
+        x (Tensor): As in :func:`reduce`.
+        m (Tensor | None): As in :func:`reduce`.
+        mean (Tensor): As in :func:`reduce`.
+        var (Tensor): As in :func:`reduce`.
+        parameters (tuple[Tensor | None, ...]): As in :func:`reduce`.
+        has_batch_statistics (bool): Whether ``mean`` and ``var`` are those of x.
+        has_input_gradient (bool): Without it dx has no values.
+        eps (float): Added to ``var``.
+        gain (float): As in :func:`reduce`.
+
+    Returns:
+        tuple[Tensor, list[Tensor | None]]: dx, and the gradients of ``parameters`` in their order.
+    """
+    m, sums, d_statistics, *gradients = reduce(dy, x, m, mean, var, parameters, eps, gain)
+    share = None
+    if has_batch_statistics:
+        share = d_statistics.new_full((), x.shape[1] / x.numel())
+    dx, d_center_weight = input_gradient(
+        *(dy, x, m, mean, var, parameters, sums, d_statistics if has_batch_statistics else None),
+        *(share, eps, gain),
+    )
+    gradients.insert(2, d_center_weight)
+    return dx if has_input_gradient else x.new_empty(0), gradients
+
+
 def update(
     buffers: tuple[Tensor, ...],
     summary: Tensor,

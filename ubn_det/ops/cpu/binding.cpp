@@ -310,7 +310,8 @@ std::tuple<Tensor, Tensor, Tensor> set_backward(
   return {kept, sums, d_statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Gradients> reduce(
+// m, sums, d_statistics, and the gradients of all parameters but center_weight, in their order.
+std::tuple<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional> reduce(
     const Tensor& dy,
     const Tensor& x,
     const Optional& m,
@@ -328,7 +329,8 @@ std::tuple<Tensor, Tensor, Tensor, Gradients> reduce(
   } else {
     run_on_channels(tasks_for(call, x).reduce[kernel_index(call)], call, 2 * x.element_size());
   }
-  return {kept, sums, d_statistics, gradients};
+  const auto& g = gradients;
+  return {kept, sums, d_statistics, g[0], g[1], g[3], g[4], g[5]};
 }
 
 std::tuple<Tensor, Optional> input_gradient(
