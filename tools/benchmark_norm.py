@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ubn_det import UBN, SyncUBN, fuse
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / 'configs/ubn/mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
+CONFIG = ROOT / 'configs/coco/mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
 SUITES = ('layer', 'memory', 'model', 'fused', 'growth', 'ranks')
 IMAGE = (800, 1344)  # COCO's usual 800 x 1333, padded to a multiple of 32
 IMAGES = 2  # a GPU, as in mmdet's schedules
@@ -303,7 +303,7 @@ def replace_norm(cfg: Any, norm_cfg: dict[str, Any]) -> None:
 
 
 # A warm-up of 0: the score decides from the first batch on.
-WITHOUT_NEIGHBOURHOOD = dict(warmup=0, condensation_threshold=0.6, affine_kernel=1)
+STAGE_1 = dict(warmup=0, condensation_threshold=0.6)
 
 
 def make_layers(num_features: int, device: str, memory_format: str) -> dict[str, nn.Module]:
@@ -316,27 +316,16 @@ def make_layers(num_features: int, device: str, memory_format: str) -> dict[str,
     layers |= {
         'RBN': RBN(num_features),
         'BNET-3': BNET(num_features, 3),
-        'UBN': UBN(num_features, **WITHOUT_NEIGHBOURHOOD),
-        'UBN, stage 1 off': UBN(
-            num_features, **WITHOUT_NEIGHBOURHOOD | dict(condensation_threshold=None)
-        ),
-        'UBN, freeze': UBN(num_features, **WITHOUT_NEIGHBOURHOOD, on_condensed='freeze'),
-        'UBN, gate closed': UBN(
-            num_features,
-            **WITHOUT_NEIGHBOURHOOD | dict(condensation_threshold=-1.0),
-            patience=1 << 40,
-        ),
-        'UBN, kernel 3': UBN(num_features, **WITHOUT_NEIGHBOURHOOD | dict(affine_kernel=3)),
-        'UBN, identity': UBN(
-            num_features, **WITHOUT_NEIGHBOURHOOD, centering=False, scaling=False
-        ),
+        'UBN': UBN(num_features),
+        'UBN, stage 1 on': UBN(num_features, **STAGE_1),
+        'UBN, kernel 1': UBN(num_features, affine_kernel=1),
+        'UBN, kernel 5': UBN(num_features, affine_kernel=5),
     }
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.to(device=device, memory_format=MEMORY_FORMATS[memory_format])
-        if name != 'UBN, identity':
-            for key, parameter in layer.named_parameters():
-                if key in ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'):
-                    nn.init.normal_(parameter, std=0.1)
+        for key, parameter in layer.named_parameters():
+            if key in ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'):
+                nn.init.normal_(parameter, std=0.01)
     return layers
 
 
@@ -450,8 +439,8 @@ def model_suite(args: argparse.Namespace) -> Iterator[Row]:
         models = {}
         norm_cfgs = {
             'BN': dict(type='BN'),
-            'UBN': dict(type='UBN', **WITHOUT_NEIGHBOURHOOD),
-            'UBN, kernel 3': dict(type='UBN', **WITHOUT_NEIGHBOURHOOD | dict(affine_kernel=3)),
+            'UBN': dict(type='UBN'),
+            'UBN, stage 1 on': dict(type='UBN', **STAGE_1),
         }
         for name, norm_cfg in norm_cfgs.items():
             torch.manual_seed(0)
@@ -574,7 +563,7 @@ def growth_suite(args: argparse.Namespace) -> Iterator[Row]:
             shape = (size['N'], size['C'], size['side'], size['side'])
             x, dy = make_input(shape, args, 'float32', 'contiguous')
             layers = make_layers(shape[1], args.device, 'contiguous')
-            layers = {method: layers[method] for method in ('BN', 'UBN', 'UBN, stage 1 off')}
+            layers = {method: layers[method] for method in ('BN', 'UBN', 'UBN, stage 1 on')}
             calls = layer_calls(layers, x, dy, 'forward+backward')
             samples = interleave(calls, args.rounds, args.device)
             yield from rows_of(samples, 'BN', case=f'{name}={value}', mode=name, unit='ms')
@@ -630,8 +619,8 @@ def rank_main(
         x.requires_grad_()
         channels = RANKS_SHAPE[1]
         layers = {
-            'UBN': UBN(channels, **WITHOUT_NEIGHBOURHOOD),
-            'SyncUBN': SyncUBN(channels, **WITHOUT_NEIGHBOURHOOD),
+            'UBN': UBN(channels, **STAGE_1),
+            'SyncUBN': SyncUBN(channels, **STAGE_1),
         }
         if on_gpu:
             layers['SyncBN'] = nn.SyncBatchNorm(channels)

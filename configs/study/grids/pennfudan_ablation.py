@@ -16,9 +16,7 @@ _norms = {
     'score of UBN': dict(type='UBN', condensation_threshold=1.0),
     'threshold 0.4': dict(type='UBN', condensation_threshold=0.4, warmup=50),
     'threshold 0.8': dict(type='UBN', condensation_threshold=0.8, warmup=50),
-    'threshold 0.6, freeze': dict(
-        type='UBN', condensation_threshold=0.6, warmup=50, on_condensed='freeze'
-    ),
+    'threshold 0.6, freeze': dict(type='UBN', condensation_threshold=0.6, warmup=50),
     'neighbourhood 5 alone': dict(_off, centering=False, scaling=False, affine_kernel=5),
     'centering alone': dict(_off, affine_kernel=1, scaling=False),
     'scaling alone': dict(_off, affine_kernel=1, centering=False),
