@@ -558,12 +558,23 @@ def test_checkpointed_input_without_gradient_on_one_rank(is_frozen):
             assert_close(sum(parts), gradient, name)
 
 
-@pytest.mark.parametrize('is_frozen', [False, True])
-def test_reentrant_checkpoint_that_one_rank_does_not_run_again_is_refused(is_frozen):
+def run_nested(rank, params, xs):
+    layer = build({}, params)
+    x = xs[rank].clone().requires_grad_(rank == 0)
+    # What the inner one gets requires no gradient on either rank.
+    inner = functools.partial(checkpoint, layer, use_reentrant=True)
+    checkpoint(lambda x: inner(2 * x), x, use_reentrant=True)
+
+
+@pytest.mark.parametrize('case', ['trainable', 'frozen', 'nested'])
+def test_reentrant_checkpoint_that_one_rank_does_not_run_again_is_refused(case):
     params = random_params(C, 2, 3)
     xs, dys = with_gradients(random_batches([(2, C, 3, 3), (3, C, 2, 4)]))
     with pytest.raises(RankError) as error:
-        distributed.run(2, train_checkpointed, params, xs, dys, True, is_frozen)
+        if case == 'nested':
+            distributed.run(2, run_nested, params, xs)
+        else:
+            distributed.run(2, train_checkpointed, params, xs, dys, True, case == 'frozen')
     # On all ranks, before one waits for the other.
     for rank in (0, 1):
         assert f'rank {rank} raised' in str(error.value)
