@@ -141,7 +141,7 @@ def test_loads_bn_and_is_that_bn(name, tmp_path):
 
     bn.eval()
     ubn.eval()
-    # Other images than those of the statistics. The same up to rounding, which float64 makes small.
+    # Other images than those of the statistics. Float64 makes small what rounding leaves.
     x = 0.3 + 1.2 * torch.randn(2, 3, 64, 64)
     bn.double()
     ubn.double()
