@@ -30,8 +30,8 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 SIZES = (1, 3, 5)
 TARGETS = (80, 90)
-# ptxas gives away a few values to fit one more program into a multiprocessor. Those seen, up to 16
-# bytes, are of the channels: stored once, read once per plane.
+# ptxas gives away a few values to fit one more program into a multiprocessor: 8 or 16 bytes, in 30
+# of 1036 variants (Triton 3.7.1). None of them is read or written in an innermost loop.
 SPILLED = 16
 # A RoI head's, the last and the first stage of a detector's backbone, and few or no pixels.
 SHAPES = (

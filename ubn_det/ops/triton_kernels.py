@@ -1379,7 +1379,8 @@ def _plan(
             SIZE=size,
             CHANNELS=channels,
             PIXELS=pixels,
-            ROWS=min(rows, lines),
+            # A mean takes registers of its own.
+            ROWS=1 if is_whole else min(rows, lines),
             CHANNELS_LAST=_is_channels_last(x),
             ALIGNED=_aligned(x) if size == 1 else 1,
             num_warps=warps,
