@@ -141,12 +141,8 @@ def test_loads_bn_and_is_that_bn(name, tmp_path):
 
     bn.eval()
     ubn.eval()
-    with torch.no_grad():
-        # Other images than those of the statistics.
-        x = 0.3 + 1.2 * torch.randn(2, 3, 64, 64)
-        expected = bn(x)
-        torch.testing.assert_close(ubn(x), expected, rtol=0, atol=0)
-    # With gradients, and in training, UBN's own kernels run: the same up to rounding.
+    # Other images than those of the statistics. Float64 makes small what rounding leaves.
+    x = 0.3 + 1.2 * torch.randn(2, 3, 64, 64)
     bn.double()
     ubn.double()
     x = x.double().requires_grad_()

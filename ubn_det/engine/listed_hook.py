@@ -20,7 +20,7 @@ class ListedHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Compare the config's list with those of the files that it is based on."""
-        is_first = self is next(hook for hook in runner.hooks if isinstance(hook, ListedHook))
+        is_first = self is next((h for h in runner.hooks if isinstance(h, ListedHook)), None)
         if not is_first or not is_main_process():
             return
         listed = _names(runner.cfg)

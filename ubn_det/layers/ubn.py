@@ -259,6 +259,8 @@ class UBN(_BatchNorm):
             )
         if input.dtype not in DTYPES:
             raise TypeError(f'{name} expects a floating point input, got {input.dtype}')
+        if input.is_meta:
+            raise RuntimeError(f'{name} got an input on the meta device, which has no values')
         # Kernels would return what happens to be in memory.
         for tensors in (self._parameters, self._buffers):
             for key, tensor in tensors.items():

@@ -16,10 +16,11 @@ def is_second_run() -> bool:
     if torch._C._current_graph_task_id() == -1:
         return False
     for frame in _calls():
-        if _is_second_run(frame):
+        code = frame.f_code
+        if code.co_filename == torch.utils.checkpoint.__file__ and code.co_name in _SECOND_RUN:
             return True
         # What a hook starts counts.
-        if frame.f_code is torch.autograd.graph._engine_run_backward.__code__:
+        if code is torch.autograd.graph._engine_run_backward.__code__:
             return False
     return False
 
@@ -34,8 +35,6 @@ def has_second_run() -> bool | None:
     found = None
     # The outermost of nested checkpoints decides.
     for frame in _calls():
-        if _is_second_run(frame):
-            break
         if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
             found = any(frame.f_locals['ctx'].needs_input_grad)
     return found
@@ -47,8 +46,3 @@ def _calls() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _is_second_run(frame: FrameType) -> bool:
-    code = frame.f_code
-    return code.co_filename == torch.utils.checkpoint.__file__ and code.co_name in _SECOND_RUN

@@ -79,6 +79,10 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return channels_last (2d or 3d) where ``x`` is stored so and only so, else contiguous."""
     if not x.is_contiguous():
         channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        if channels_last and torch._prims_common.suggest_memory_format(x) == channels_last:
+        if channels_last and (
+            # Strides of a dimension of one value may be any.
+            x.is_contiguous(memory_format=channels_last)
+            or torch._prims_common.suggest_memory_format(x) == channels_last
+        ):
             return channels_last
     return torch.contiguous_format

@@ -48,7 +48,7 @@ def update(buffers: Buffers, summary: Tensor, rule: Rule) -> None:
     if rule.condensation_threshold is not None:
         # Rounding may lift the score of equal samples over 1.
         score = (pair_sum / num_pairs.clamp_min(1)).clamp(-1, 1)
-        is_defined = torch.isfinite(score) & (num_pairs > 0) & (count > 0)
+        is_defined = torch.isfinite(score) & (num_pairs > 0)
         last = buffers.condensation
         last.copy_(torch.where(is_defined, score, last.to(score.dtype)))
         if rule.momentum is not None:

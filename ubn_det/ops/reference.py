@@ -117,9 +117,7 @@ def _center(x: Tensor, p: Parameters) -> Tensor:
 def _statistics(centered: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of every channel, (C,) each, 0 without values."""
     if centered.numel() == 0:
-        zeros = centered.new_zeros(centered.shape[1])
-        # Tied to the graph, as all outputs of an empty batch are.
-        return zeros + centered.sum(), zeros + centered.sum()
+        return centered.new_zeros(2, centered.shape[1]).unbind()
     dims = [0, *range(2, centered.dim())]
     mean = centered.mean(dims)
     return mean, (centered - _per_channel(mean, centered)).square().mean(dims)

@@ -436,7 +436,8 @@ void update_from(
     // Rounding may lift the score of equal samples over 1.
     const double score = std::clamp(pair_sum / num_pairs, -1.0, 1.0);
     if (std::isfinite(score)) {
-      *condensation.data_ptr<float>() = static_cast<float>(score);
+      // Of any type: a layer may be cast as a whole.
+      condensation.fill_(score);
       const bool is_over = momentum.has_value() && static_cast<float>(score) > *threshold &&
           count_of(tracked) >= warmup;
       if (is_over && is_open) {
