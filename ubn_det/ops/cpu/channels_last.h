@@ -18,8 +18,9 @@ constexpr int64_t LAST_AHEAD_BYTES = 4 << 10;
 constexpr int64_t LAST_STREAM_BYTES = 32 << 20;
 // Parts and groups that are enough to keep many threads busy, ...
 constexpr int64_t LAST_PARTS = 64;
-// ... and the size of a part that is worth a task.
+// ... the size of a part that is worth a task, and one whose sums are still accurate.
 constexpr int64_t LAST_PIXELS = 512;
+constexpr int64_t LAST_MAX_PIXELS = 8192;
 // Channels to a task between the passes over features.
 constexpr int64_t LAST_GRAIN = 64;
 
@@ -35,8 +36,8 @@ class ChannelsLastSteps {
     Cut& cut = call.cut;
     cut.blocks = std::max<int64_t>(1, call.channels * element_size_ / LAST_RUN_BYTES);
     const int64_t wanted = cover(LAST_PARTS, samples * cut.blocks);
-    cut.bands = std::max<int64_t>(
-        1, std::min({wanted, pixels / LAST_PIXELS, call.height / 4}));
+    cut.bands = std::max(std::min(wanted, pixels / LAST_PIXELS), pixels / LAST_MAX_PIXELS);
+    cut.bands = std::max<int64_t>(1, std::min(cut.bands, call.height / 4));
     units_ = call.samples * cut.bands;
     cut.groups = std::clamp<int64_t>(cover(LAST_PARTS, cut.blocks), 1, std::max<int64_t>(units_, 1));
     const int64_t bytes = cover(call.channels, cut.blocks) * element_size_;
@@ -68,9 +69,11 @@ class ChannelsLastSteps {
 
   void normalize() { run_on_parts(tasks_.normalize[kernel_]); }
 
-  // m and y.
+  // m, where y depends on it, and y.
   void evaluate() {
-    if (call_.cut.bands == 1) {
+    if (!call_.center_weight && !call_.scale_weight) {
+      normalize();
+    } else if (call_.cut.bands == 1) {
       run_on_parts(tasks_.evaluate[kernel_]);
     } else {
       moments(false);
