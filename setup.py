@@ -45,7 +45,7 @@ def kernels() -> dict[str, object]:
             # The OpenMP that torch brings is not linked a second time: at::parallel_for finds it.
             '-fopenmp',
             # Vectors are passed between inlined functions only.
-            *('-O3', '-std=c++20', '-Wno-psabi', '-Wno-maybe-uninitialized'),
+            *('-O3', '-g0', '-std=c++20', '-Wno-psabi', '-Wno-maybe-uninitialized'),
             f'-DUBN_X86={int(is_x86)}',
         ],
         optional=True,

@@ -429,9 +429,9 @@ class TestValues:
         expected_m = wide.mean((2, 3))
         m, summary = kernels.moments(x, None, GAIN, False)
         mean, var = statistics_of(summary)
-        # Two means in float32 are 1/16 apart.
+        # Two numbers of float32 are 1/16 apart here: m is rounded once, and their mean once more.
         torch.testing.assert_close(m.double(), expected_m, rtol=0, atol=0.04)
-        torch.testing.assert_close(mean.double(), expected_m.mean(0), rtol=0, atol=0.04)
+        torch.testing.assert_close(mean.double(), expected_m.mean(0), rtol=0, atol=0.07)
         expected_var = wide.var((0, 2, 3), correction=0)
         torch.testing.assert_close(var.double(), expected_var, rtol=0, atol=0.03)
 
