@@ -45,13 +45,13 @@ extern const TaskTable avx512_tasks;
 constexpr int64_t LAST_CHUNK = 4096;
 
 // What a band of rows takes at most where a row is not longer.
-constexpr int64_t BAND_BYTES = 20 << 10;
+constexpr int64_t BAND_BYTES = 28 << 10;
 
 // Larger planes than this the processor reads ahead by itself.
 constexpr int64_t PREFETCHED_BYTES = 2 << 10;
 
 // Planes of no more values have kernels of their own, which take this many channels at a time.
-constexpr int64_t SMALL_PLANE = 256;
+constexpr int64_t SMALL_PLANE = 64;
 constexpr int64_t SMALL_CHANNELS = 16;
 
 // Bytes that a task on `channels` channels needs, in any instruction set.
@@ -59,7 +59,7 @@ inline int64_t memory_of(const Call& call, int64_t channels) {
   const int64_t taps = call.kernel * call.kernel, halo = call.kernel - 1;
   const int64_t planes = call.samples * channels * 6 * int64_t(sizeof(double));
   const int64_t parameters = channels * (taps + 16) * int64_t(sizeof(double));
-  const int64_t sums = channels * (taps + 1) * 128;
+  const int64_t sums = channels * (taps + 1) * 144;
   const int64_t row = (call.width + halo + 32) * int64_t(sizeof(double));
   const int64_t band = BAND_BYTES + (4 + halo) * row;
   const int64_t weighed = channels * call.height * call.width * int64_t(sizeof(double));
