@@ -43,8 +43,8 @@ void run_on_channels(Task task, const Call& call, int64_t bytes_a_value) {
 }
 
 const Tasks& tasks_for(const Call& call, const Tensor& x) {
-  const TaskTable& table = tasks();
-  return (is_small(call) ? table.small : table.first)[type_index(x.scalar_type())];
+  const TypeTasks& tasks = tasks_of(x.scalar_type());
+  return is_small(call) ? tasks.small : tasks.first;
 }
 
 // Whether features are in channels last. Maps of one pixel are; all else that is both is taken for
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor> describe(Call& call, const Tensor& x, bool is_scored)
       std::vector<double> squares(flat.channels);
       flat.inverse_norms = inverse_norms.data();
       flat.squares = squares.data();
-      run_on_channels(tasks().weigh_samples[type_index(x.scalar_type())], flat, x.element_size());
+      run_on_channels(tasks_of(x.scalar_type()).weigh_samples, flat, x.element_size());
       for (const double square : squares) pair_sum += square;
       pair_sum -= nonzero;
     }

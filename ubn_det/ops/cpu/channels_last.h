@@ -28,7 +28,7 @@ class ChannelsLastSteps {
  public:
   ChannelsLastSteps(Call& call, at::ScalarType dtype)
       : call_(call),
-        tasks_(tasks().last[type_index(dtype)]),
+        tasks_(tasks_of(dtype).last),
         element_size_(c10::elementSize(dtype)),
         kernel_(call.kernel / 2) {
     const auto cover = [](int64_t number, int64_t size) { return (number + size - 1) / size; };

@@ -28,17 +28,18 @@ struct LastTasks {
   Task input_gradient[NUM_KERNELS], write_center_gradient[NUM_KERNELS];
 };
 
-// By Type.
-struct TaskTable {
-  Tasks first[NUM_TYPES], small[NUM_TYPES];
-  LastTasks last[NUM_TYPES];
-  Task weigh_samples[NUM_TYPES];
+// All tasks for features of one type.
+struct TypeTasks {
+  Tasks first, small;
+  LastTasks last;
+  Task weigh_samples;
 };
 
-extern const TaskTable baseline_tasks;
+// By Type. Tasks for float64, which nobody is in a hurry for, are there for any processor only.
+extern const TypeTasks baseline_tasks[NUM_TYPES];
 #if UBN_X86
-extern const TaskTable avx2_tasks;
-extern const TaskTable avx512_tasks;
+extern const TypeTasks avx2_tasks[NUM_TYPES];
+extern const TypeTasks avx512_tasks[NUM_TYPES];
 #endif
 
 // Values of each sample whose products are taken at a time, in channels last.

@@ -15,6 +15,7 @@
 #define UBN_REGISTER_BYTES 32
 #define UBN_HAS_F16C 1
 #define UBN_HAS_AVX512 0
+#define UBN_HAS_FLOAT64 0
 
 #include "kernels.inc"
 

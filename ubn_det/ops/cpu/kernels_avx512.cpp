@@ -15,6 +15,7 @@
 #define UBN_REGISTER_BYTES 64
 #define UBN_HAS_F16C 1
 #define UBN_HAS_AVX512 1
+#define UBN_HAS_FLOAT64 0
 
 #include "kernels.inc"
 

@@ -16,10 +16,10 @@ namespace ubn {
 // Names the instruction set to use, for tests: baseline, avx2 or avx512.
 constexpr const char* CAPABILITY_VARIABLE = "UBN_CPU_CAPABILITY";
 
-inline const TaskTable& choose_tasks() {
+inline const TypeTasks* choose_tasks() {
   struct Choice {
     std::string name;
-    const TaskTable* tasks;
+    const TypeTasks* tasks;
     bool is_supported;
   };
   // The best comes first.
@@ -31,10 +31,10 @@ inline const TaskTable& choose_tasks() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq");
-  choices.push_back({"avx512", &avx512_tasks, has_avx512});
-  choices.push_back({"avx2", &avx2_tasks, has_avx2});
+  choices.push_back({"avx512", avx512_tasks, has_avx512});
+  choices.push_back({"avx2", avx2_tasks, has_avx2});
 #endif
-  choices.push_back({"baseline", &baseline_tasks, true});
+  choices.push_back({"baseline", baseline_tasks, true});
 
   const char* value = std::getenv(CAPABILITY_VARIABLE);
   for (const Choice& choice : choices) {
@@ -42,15 +42,10 @@ inline const TaskTable& choose_tasks() {
     TORCH_CHECK(
         choice.is_supported,
         CAPABILITY_VARIABLE, " asks for ", value, ", which this processor does not have");
-    return *choice.tasks;
+    return choice.tasks;
   }
   TORCH_CHECK(
       false, CAPABILITY_VARIABLE, " has to be baseline, avx2 or avx512 and is '", value, "'");
-}
-
-inline const TaskTable& tasks() {
-  static const TaskTable& chosen = choose_tasks();
-  return chosen;
 }
 
 inline int type_index(at::ScalarType dtype) {
@@ -64,6 +59,11 @@ inline int type_index(at::ScalarType dtype) {
     default:
       return int(Type::float16);
   }
+}
+
+inline const TypeTasks& tasks_of(at::ScalarType dtype) {
+  static const TypeTasks* const chosen = choose_tasks();
+  return (dtype == at::kDouble ? baseline_tasks : chosen)[type_index(dtype)];
 }
 
 // Runs a task on [0, number), `grain` at a time or, where it is 0, as many as fall to a thread.
