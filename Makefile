@@ -36,10 +36,11 @@ test-slow: setup  ## run the long soaks, with PYTEST_ARGS (an hour)
 
 # Threads wait as PyTorch lets them; the second run keeps every page of memory.
 bench: setup  ## measure speed and memory beside BN and others; writes docs/performance.*
-	env -u OMP_WAIT_POLICY $(VENV_PYTHON) tools/benchmark_norm.py docs/performance.csv $(BENCH_ARGS)
+	env -u OMP_WAIT_POLICY $(VENV_PYTHON) tools/benchmark_norm.py docs/performance.csv \
+	    --suites layer memory model study fused growth ranks $(BENCH_ARGS)
 	env -u OMP_WAIT_POLICY MALLOC_TRIM_THRESHOLD_=17179869184 \
 	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) tools/benchmark_norm.py \
-	    docs/performance.csv --suites layer growth $(BENCH_ARGS)
+	    docs/performance.csv --suites layer bandwidth growth $(BENCH_ARGS)
 	$(VENV_PYTHON) tools/report_performance.py docs/performance.csv
 
 STUDY_DIR := work_dirs/study
