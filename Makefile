@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 WORK_DIR ?= work_dirs/demo
+GPU_DIR ?= work_dirs/gpu
 DATA ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -13,7 +14,7 @@ VENV_PYTHON := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench study lint format clean
+.PHONY: help setup demo test test-slow bench gpu study lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
@@ -42,6 +43,9 @@ bench: setup  ## measure speed and memory beside BN and others; writes docs/perf
 	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) tools/benchmark_norm.py \
 	    docs/performance.csv --suites layer bandwidth growth $(BENCH_ARGS)
 	$(VENV_PYTHON) tools/report_performance.py docs/performance.csv
+
+gpu:  ## set up with CUDA and check all that needs a GPU; report in GPU_DIR (8 minutes)
+	@"$(PYTHON)" benchmarks/check_gpu.py --work-dir "$(GPU_DIR)"
 
 STUDY_DIR := work_dirs/study
 study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 minutes)
