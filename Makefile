@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 WORK_DIR ?= work_dirs/demo
+GPU_DIR ?= work_dirs/gpu
 DATA ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -13,7 +14,7 @@ VENV_PYTHON := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench study lint format clean
+.PHONY: help setup demo test test-slow bench gpu study lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
@@ -36,11 +37,15 @@ test-slow: setup  ## run the long soaks, with PYTEST_ARGS (an hour)
 
 # Threads wait as PyTorch lets them; the second run keeps every page of memory.
 bench: setup  ## measure speed and memory beside BN and others; writes docs/performance.*
-	env -u OMP_WAIT_POLICY $(VENV_PYTHON) tools/benchmark_norm.py docs/performance.csv $(BENCH_ARGS)
+	env -u OMP_WAIT_POLICY $(VENV_PYTHON) tools/benchmark_norm.py docs/performance.csv \
+	    --suites layer memory model study fused growth ranks $(BENCH_ARGS)
 	env -u OMP_WAIT_POLICY MALLOC_TRIM_THRESHOLD_=17179869184 \
 	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) tools/benchmark_norm.py \
-	    docs/performance.csv --suites layer growth $(BENCH_ARGS)
+	    docs/performance.csv --suites layer bandwidth growth $(BENCH_ARGS)
 	$(VENV_PYTHON) tools/report_performance.py docs/performance.csv
+
+gpu:  ## set up with CUDA and check all that needs a GPU; report in GPU_DIR (8 minutes)
+	@"$(PYTHON)" benchmarks/check_gpu.py --work-dir "$(GPU_DIR)"
 
 STUDY_DIR := work_dirs/study
 study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 minutes)

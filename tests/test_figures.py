@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / 'tools'))
 
 import inject_faults  # noqa: E402
 import model_scaling  # noqa: E402
+import report_performance  # noqa: E402
 import report_study  # noqa: E402
 
 DOCS = ROOT / 'docs'
@@ -104,6 +105,12 @@ def write_tables(name, folder):
     return '\n\n'.join(tables) + '\n'
 
 
+def write_performance(folder):
+    runs = report_performance.read_runs(DOCS / 'performance.csv')
+    figures = report_performance.make_figures(runs, 'performance.png')
+    return report_performance.replace_figures((DOCS / 'performance.md').read_text(), figures)
+
+
 # By file in docs/: what it has to be, given a folder to write to.
 GENERATED: dict[str, Callable] = {
     'faults.md': lambda folder: inject_faults.make_page(
@@ -112,6 +119,7 @@ GENERATED: dict[str, Callable] = {
     'scaling.md': lambda folder: model_scaling.make_page(
         model_scaling.read_rows(DOCS / 'scaling.csv'), 'scaling.png'
     ),
+    'performance.md': write_performance,
     **{f'results/{n}.md': functools.partial(write_tables, n) for n in STUDIES},
     **{f'results/{n}_summary.csv': functools.partial(write_summary, n) for n in STUDIES},
 }

@@ -247,13 +247,13 @@ def test_missing_venv_is_named(monkeypatch, tmp_path, module):
         setup_env.importlib.util, 'find_spec', lambda name: name != module and find_spec(name)
     )
     with pytest.raises(setup_env.SetupError, match='venv and ensurepip are missing'):
-        setup_env.require_machine(tmp_path)
+        setup_env.require_machine(tmp_path, False)
 
 
 def test_full_disk_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(setup_env, 'NEEDED_BYTES', 1e18)
     with pytest.raises(setup_env.SetupError, match='of free disk space are needed'):
-        setup_env.require_machine(tmp_path)
+        setup_env.require_machine(tmp_path, False)
 
 
 def test_compiler_is_needed_at_once_only_without_a_compiled_wheel(monkeypatch, tmp_path):
@@ -261,10 +261,45 @@ def test_compiler_is_needed_at_once_only_without_a_compiled_wheel(monkeypatch, t
     monkeypatch.setattr(setup_env, 'find_compiler', lambda environ: None)
     monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(setup_env.SetupError, match='no C'):
-        setup_env.require_machine(tmp_path)
+        setup_env.require_machine(tmp_path, False)
     (tmp_path / 'key').mkdir()
     (tmp_path / 'key' / 'onedl_mmcv-2.3.6-py3-none-any.whl').touch()
-    setup_env.require_machine(tmp_path)
+    setup_env.require_machine(tmp_path, False)
+
+
+def test_compiler_of_cuda_is_needed_for_cuda_operators_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_env, 'NEEDED_BYTES', 0)
+    monkeypatch.setattr(setup_env, 'find_compiler', lambda environ: 'c++')
+    monkeypatch.setattr(setup_env, 'find_nvcc', lambda environ: None)
+    setup_env.require_machine(tmp_path, False)
+    with pytest.raises(setup_env.SetupError, match='nvcc was not found'):
+        setup_env.require_machine(tmp_path, True)
+
+
+def test_compiler_of_cuda_is_looked_for_where_torch_looks():
+    def which(name):
+        return name if name in ('nvcc', '/opt/cuda/bin/nvcc') else None
+
+    assert setup_env.find_nvcc({}, which) == 'nvcc'
+    assert setup_env.find_nvcc({'CUDA_HOME': '/opt/cuda'}, which) == '/opt/cuda/bin/nvcc'
+    assert setup_env.find_nvcc({'CUDA_PATH': '/none'}, which) is None
+
+
+def test_torch_without_cuda_is_refused_where_cuda_is_asked_for(monkeypatch, tmp_path):
+    packages = tmp_path / 'lib/python3/site-packages/torch'
+    packages.mkdir(parents=True)
+    (packages / 'version.py').write_text('cuda: Optional[str] = None\n')
+    installed = []
+    monkeypatch.setattr(setup_env, 'VENV', tmp_path)
+    monkeypatch.setattr(setup_env, 'pip_install', lambda step, *args: installed.append(step))
+    monkeypatch.setattr(setup_env, 'check', lambda what: '2.13.0')
+    sections = dict(pip=[], wheels=[], cuda=[])
+    setup_env.install_packages(sections, False)
+    with pytest.raises(setup_env.SetupError, match='a build without it'):
+        setup_env.install_packages(sections, True)
+    (packages / 'version.py').write_text("cuda: Optional[str] = '13.0'\n")
+    setup_env.install_packages(sections, True)
+    assert installed[-1] == 'cuda'
 
 
 @pytest.mark.parametrize(

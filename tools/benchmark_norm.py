@@ -7,6 +7,7 @@ baseline within a round. tools/report_performance.py makes the table and the pic
 
 import argparse
 import collections
+import contextlib
 import copy
 import csv
 import datetime
@@ -31,18 +32,24 @@ import torch.multiprocessing
 from mmcv.cnn import fuse_conv_bn
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from norm_peers import BNET, RBN
+from norm_peers import BNET, RBN, OnOperators
 from torch import Tensor, nn
 
 from ubn_det import UBN, SyncUBN, fuse
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / 'configs/coco/mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
-SUITES = ('layer', 'memory', 'model', 'fused', 'growth', 'ranks')
+STUDY_CONFIG = ROOT / 'configs/study/mask-rcnn_r18-small-scratch_fpn_pennfudan.py'
+SUITES = ('layer', 'bandwidth', 'memory', 'model', 'study', 'fused', 'growth', 'ranks')
 IMAGE = (800, 1344)  # COCO's usual 800 x 1333, padded to a multiple of 32
 IMAGES = 2  # a GPU, as in mmdet's schedules
+PEOPLE = 3  # in an image of the study
+# How often a map has to go between memory and processor: forward x is read and y written, backward
+# dy and x are read and dx written.
+MOVES = {'forward+backward': 5, 'evaluation': 2}
 ROIS = {'bbox_head': 512, 'mask_head': 128}  # of an image, as mmdet samples them
 ROI_SIDE = {'bbox_head': 7, 'mask_head': 14}
 GROWTH_BASE = dict(N=4, C=64, side=56)
@@ -67,6 +74,9 @@ MEMORY_FORMATS = {
 # A sample of the clock lasts at least this many seconds, by calls in a row.
 SAMPLE = 0.005
 WARM_UP = 3
+# What is composed of operators takes most of the time and has no bar: every third round does.
+COMPOSED = ('RBN', 'BNET-3', 'UBN, operators')
+SELDOM = 3
 
 Calls = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
@@ -89,15 +99,15 @@ def parse_args() -> argparse.Namespace:
         '--dtypes',
         nargs='+',
         choices=DTYPES,
-        help='of the features; float32, and on a GPU the others under autocast too',
+        help='of the features, all but float32 under autocast; without float16 on CPU',
     )
-    parser.add_argument('--memory-formats', nargs='+', choices=MEMORY_FORMATS)
+    parser.add_argument(
+        '--memory-formats', nargs='+', choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS)
+    )
     args = parser.parse_args()
     on_gpu = args.device.startswith('cuda')
     if args.dtypes is None:
-        args.dtypes = list(DTYPES) if on_gpu else ['float32']
-    if args.memory_formats is None:
-        args.memory_formats = list(MEMORY_FORMATS) if on_gpu else ['contiguous']
+        args.dtypes = list(DTYPES) if on_gpu else ['float32', 'bfloat16']
     if args.model_scale is None:
         args.model_scale = 1.0 if on_gpu else 0.5
     for name in ('rounds', 'model_rounds'):
@@ -113,8 +123,10 @@ def main() -> None:
     args = parse_args()
     suites = dict(
         layer=layer_suite,
+        bandwidth=bandwidth_suite,
         memory=memory_suite,
         model=model_suite,
+        study=study_suite,
         fused=fused_suite,
         growth=growth_suite,
         ranks=ranks_suite,
@@ -132,7 +144,7 @@ def main() -> None:
                 writer.writerow({**origin, 'suite': suite, **row})
                 file.flush()
                 print(
-                    f'{suite:7} {row["case"]:24} {row["mode"]:18} {row["dtype"]:9} '
+                    f'{suite:9} {row["case"]:24} {row["mode"]:18} {row["dtype"]:9} '
                     f'{row["memory_format"]:14} {row["method"]:16} {row["median"]:12.4f} '
                     f'{row["unit"]:6} {row["ratio"]:6.2f} x {row["baseline"]}',
                     flush=True,
@@ -187,7 +199,7 @@ def cpu_name() -> str:
 
 
 def interleave(calls: Calls, rounds: int, device: str) -> dict[str, list[float]]:
-    """Time every call once a round, in a new order every round.
+    """Time every call once a round, those named in COMPOSED in some, in a new order every round.
 
     Args:
         calls (dict[str, Callable]): What to time, by name; the first decides how many calls in a
@@ -196,21 +208,31 @@ def interleave(calls: Calls, rounds: int, device: str) -> dict[str, list[float]]
         device (str): Where the calls run.
 
     Returns:
-        dict[str, list[float]]: Milliseconds of one call in every round.
+        dict[str, list[float]]: Milliseconds of one call in every round, NaN where it had no turn.
     """
     order = list(calls)
-    for _ in range(WARM_UP):
+    for index in range(WARM_UP):
         for name in order:
+            if not has_turn(name, index):
+                continue
             seconds = seconds_of(calls[name], 1, device)
             if name == order[0]:
                 number = min(100, max(1, round(SAMPLE / seconds)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     generator = random.Random(0)
-    for _ in range(rounds):
+    for index in range(rounds):
         generator.shuffle(order)
         for name in order:
-            samples[name].append(1e3 * seconds_of(calls[name], number, device) / number)
+            milliseconds = math.nan
+            if has_turn(name, index):
+                milliseconds = 1e3 * seconds_of(calls[name], number, device) / number
+            samples[name].append(milliseconds)
     return samples
+
+
+def has_turn(name: str, index: int) -> bool:
+    """Whether a call is timed in this round."""
+    return name not in COMPOSED or index % SELDOM == 0
 
 
 def seconds_of(call: Callable[[], Any], number: int, device: str) -> float:
@@ -233,13 +255,13 @@ def rows_of(samples: dict[str, list[float]], baseline: str, **what: Any) -> Iter
     """Make a row of every method's samples."""
     base = np.array(samples[baseline])
     for method, values in samples.items():
-        low, median, high = np.quantile(values, (0.2, 0.5, 0.8))
-        ratios = np.quantile(np.array(values) / base, (0.2, 0.5, 0.8))
+        low, median, high = np.nanquantile(values, (0.2, 0.5, 0.8))
+        ratios = np.nanquantile(np.array(values) / base, (0.2, 0.5, 0.8))
         yield dict(
             what,
             method=method,
             baseline=baseline,
-            samples=len(values),
+            samples=np.isfinite(values).sum(),
             low=low,
             median=median,
             high=high,
@@ -317,6 +339,7 @@ def make_layers(num_features: int, device: str, memory_format: str) -> dict[str,
         'RBN': RBN(num_features),
         'BNET-3': BNET(num_features, 3),
         'UBN': UBN(num_features),
+        'UBN, operators': OnOperators(UBN(num_features)),
         'UBN, stage 1 on': UBN(num_features, **STAGE_1),
         'UBN, kernel 1': UBN(num_features, affine_kernel=1),
         'UBN, kernel 5': UBN(num_features, affine_kernel=5),
@@ -324,7 +347,8 @@ def make_layers(num_features: int, device: str, memory_format: str) -> dict[str,
     for layer in layers.values():
         layer.to(device=device, memory_format=MEMORY_FORMATS[memory_format])
         for key, parameter in layer.named_parameters():
-            if key in ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'):
+            kinds = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
+            if key.rpartition('.')[2] in kinds:
                 nn.init.normal_(parameter, std=0.01)
     return layers
 
@@ -373,20 +397,29 @@ def make_input(
 
 
 def layer_suite(args: argparse.Namespace) -> Iterator[Row]:
-    """Time every norm on every shape that the detector feeds its norms."""
+    """Time every norm on every shape that the detector feeds its norms.
+
+    All of them in float32 on contiguous features; on others BN and UBN alone, since peers that
+    are composed of operators are not what a detector would run there.
+    """
     for shape in norm_shapes(args.scale):
         for dtype in args.dtypes:
             for memory_format in args.memory_formats:
                 x, dy = make_input(shape, args, dtype, memory_format)
                 layers = make_layers(shape[1], args.device, memory_format)
-                if dtype != 'float32':
-                    # Under autocast, parameters stay float32; what multiplies features by them
-                    # in float32 would not be what a detector runs.
-                    layers = {k: v for k, v in layers.items() if k not in ('RBN', 'BNET-3')}
-                for mode in ('forward', 'forward+backward', 'evaluation'):
+                modes: tuple[str, ...] = ('forward', 'forward+backward', 'evaluation')
+                if (dtype, memory_format) != ('float32', 'contiguous'):
+                    layers = {name: layers[name] for name in ('BN', 'UBN')}
+                    modes = modes[1:]
+                for mode in modes:
+                    chosen = dict(layers)
+                    if mode == 'forward':
+                        # The slowest of all, and forward alone is only what a table shows.
+                        del chosen['UBN, operators']
+                    # Under autocast, as in a detector, parameters stay float32.
                     with torch.autocast(args.device.split(':')[0], enabled=dtype != 'float32'):
                         samples = interleave(
-                            layer_calls(layers, x, dy, mode), args.rounds, args.device
+                            layer_calls(chosen, x, dy, mode), args.rounds, args.device
                         )
                     yield from rows_of(
                         samples,
@@ -397,6 +430,33 @@ def layer_suite(args: argparse.Namespace) -> Iterator[Row]:
                         memory_format=memory_format,
                         unit='ms',
                     )
+
+
+def bandwidth_suite(args: argparse.Namespace) -> Iterator[Row]:
+    """Relate what the largest maps have to move through memory to the machine's fastest copy."""
+    # Not the RoIs, whose maps are small.
+    shapes = [shape for shape in norm_shapes(args.scale) if shape[0] == IMAGES]
+    largest = max(map(math.prod, shapes))
+    for shape in (shape for shape in shapes if math.prod(shape) == largest):
+        x, dy = make_input(shape, args, 'float32', 'contiguous')
+        source, target = dy, torch.zeros_like(dy)
+        map_bytes = x.numel() * x.element_size()
+        every = make_layers(shape[1], args.device, 'contiguous')
+        layers = {name: every[name] for name in ('BN', 'UBN')}
+        for mode, moves in MOVES.items():
+            calls = {'copy': functools.partial(target.copy_, source)}
+            samples = interleave(
+                calls | layer_calls(layers, x, dy, mode), args.rounds, args.device
+            )
+            # A copy reads and writes.
+            moved = {name: (2 if name == 'copy' else moves) * map_bytes for name in samples}
+            what = dict(case='x'.join(map(str, shape)), mode=mode)
+            yield from rows_of({'limit': [moves * map_bytes]}, 'limit', unit='bytes', **what)
+            rates = {
+                name: [1e-6 * moved[name] / milliseconds for milliseconds in values]
+                for name, values in samples.items()
+            }
+            yield from rows_of(rates, 'copy', unit='GB/s', **what)
 
 
 def memory_suite(args: argparse.Namespace) -> Iterator[Row]:
@@ -434,7 +494,7 @@ def model_suite(args: argparse.Namespace) -> Iterator[Row]:
     height, width = (round(side * args.model_scale / 32) * 32 for side in IMAGE)
     case = f'{IMAGES}x3x{height}x{width}'
     on_gpu = args.device.startswith('cuda')
-    for dtype in args.dtypes:
+    for dtype in args.dtypes if on_gpu else ['float32']:
         amp = torch.autocast(args.device.split(':')[0], DTYPES[dtype], dtype != 'float32')
         models = {}
         norm_cfgs = {
@@ -463,7 +523,14 @@ def model_suite(args: argparse.Namespace) -> Iterator[Row]:
 
 def training_step(model: nn.Module, batch: dict[str, Any], amp: Any) -> Callable[[], None]:
     """Return a training iteration that repeats the same work: weights stay as they are."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    return repeated_step(model, batch, amp, dict(optimizer=dict(type='SGD', lr=0.0, momentum=0.9)))
+
+
+def repeated_step(
+    model: nn.Module, batch: dict[str, Any], amp: Any, optim_wrapper: dict[str, Any]
+) -> Callable[[], None]:
+    """Return a training iteration by an optimizer whose learning rate is 0."""
+    wrapper = build_optim_wrapper(model, ConfigDict(optim_wrapper))
 
     def call() -> None:
         torch.manual_seed(0)
@@ -471,9 +538,7 @@ def training_step(model: nn.Module, batch: dict[str, Any], amp: Any) -> Callable
         data = model.data_preprocessor(batch, training=True)
         with amp:
             loss, _ = model.parse_losses(model(**data, mode='loss'))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        wrapper.update_params(loss)
 
     return call
 
@@ -498,6 +563,40 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
     call()
     synchronize(device)
     return float(torch.cuda.max_memory_allocated(device))
+
+
+def study_suite(args: argparse.Namespace) -> Iterator[Row]:
+    """Time a training iteration of the study's small detector, on one thread as a study runs."""
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(STUDY_CONFIG)
+    optim_wrapper = cfg.optim_wrapper.to_dict()
+    optim_wrapper['optimizer']['lr'] = 0.0
+    num_images = cfg.train_dataloader.batch_size
+    width, height = cfg.scale
+    batch = demo_mm_inputs(
+        num_images,
+        [(3, height, width)] * num_images,
+        num_items=[PEOPLE] * num_images,
+        with_mask=True,
+    )
+    for sample in batch['data_samples']:
+        # The only class.
+        sample.gt_instances.labels.zero_()
+    calls = {}
+    for name in ('BN', 'UBN'):
+        model_cfg = copy.deepcopy(cfg.model)
+        replace_norm(model_cfg, dict(type=name))
+        torch.manual_seed(0)
+        model = MODELS.build(model_cfg).to(args.device)
+        calls[name] = repeated_step(model, batch, contextlib.nullcontext(), optim_wrapper)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        samples = interleave(calls, args.rounds, args.device)
+    finally:
+        torch.set_num_threads(threads)
+    case = f'{num_images}x3x{height}x{width}'
+    yield from rows_of(samples, 'BN', mode='training iteration', unit='ms', case=case, threads=1)
 
 
 # ---------------------------------------------------------------------------------------- fused

@@ -1,9 +1,14 @@
-"""Norms to compare with that PyTorch lacks, or lacks on CPU, composed as they were published."""
+"""Norms to compare with that PyTorch lacks, or lacks on CPU, composed of its operators."""
+
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ubn_det import UBN
+from ubn_det.ops import dispatch
 
 
 class RBN(nn.Module):
@@ -49,6 +54,23 @@ class BNET(nn.Sequential):
                 groups=num_features,
             ),
         )
+
+
+class OnOperators(nn.Module):
+    """A UBN on PyTorch's operators, as where it has no kernels.
+
+    Args:
+        ubn (UBN): The layer.
+    """
+
+    def __init__(self, ubn: UBN) -> None:
+        super().__init__()
+        self.ubn = ubn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer returns."""
+        with mock.patch.object(dispatch, 'has_kernels', return_value=False):
+            return self.ubn(x)
 
 
 class _AllReduce(torch.autograd.Function):

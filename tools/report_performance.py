@@ -1,14 +1,15 @@
-"""Make the table, the picture and the verdict of what tools/benchmark_norm.py measured.
+"""Make the tables, the picture and the verdict of what tools/benchmark_norm.py measured.
 
-Prints every bar with its figure and writes the page and the picture beside the CSV file. Exits
-with 1 where a bar is missed. Of every device and allocator setting only the last run counts.
+Prints every bar with its figure, draws the picture beside the CSV file, and writes the tables into
+the page beside it, between two markers; what the page says in words stays. Exits with 1 where a
+bar is missed. Of every device and allocator setting only the last run of a suite counts.
 """
 
 import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,27 +21,50 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 
 Row = dict[str, str]
-METHODS = ('UBN', 'UBN, stage 1 on', 'UBN, kernel 1', 'UBN, kernel 5', 'GN', 'RBN', 'BNET-3')
+METHODS = (
+    *('UBN', 'UBN, stage 1 on', 'UBN, kernel 1', 'UBN, kernel 5', 'UBN, operators'),
+    *('GN', 'RBN', 'BNET-3'),
+)
+DETECTORS = dict(model='Mask R-CNN R50-FPN', study='small Mask R-CNN of the study')
 MODES = ('forward', 'forward+backward', 'evaluation')
+# Of the features; where nothing is said, float32 and contiguous.
+VARIANTS = tuple(
+    (dtype, memory_format)
+    for dtype in ('float32', 'bfloat16', 'float16')
+    for memory_format in ('contiguous', 'channels_last')
+)
+MARKERS = '<!-- begin: tools/report_performance.py -->', '<!-- end -->'
+
+
+class Figure(NamedTuple):
+    """What is held against a bar.
+
+    Args:
+        value (float): The figure.
+        worst (str): The worst single case behind it, in words; nothing where there is only one.
+    """
+
+    value: float
+    worst: str = ''
 
 
 class Bar(NamedTuple):
-    """Something that must not cost more than a limit.
+    """Something that must not cost more than a limit, or must reach one.
 
     Args:
         what (str): In words.
-        limit (float): At most this much.
+        limits (dict[str, float]): By the setting of the allocator that it holds with.
         figure (Callable): Takes the rows of a run; returns the figure, None where it was not
             measured.
         device (str): Where it holds.
-        allocator (str): With which setting of the allocator.
+        is_least (bool): Whether the limit is to be reached.
     """
 
     what: str
-    limit: float
-    figure: Callable[[list[Row]], float | None]
+    limits: dict[str, float]
+    figure: Callable[[list[Row]], Figure | None]
     device: str = 'cpu'
-    allocator: str = 'default'
+    is_least: bool = False
 
 
 def main() -> None:
@@ -56,14 +80,17 @@ def main() -> None:
     print('\n'.join(verdicts))
     page = args.csv.with_suffix('.md')
     picture = args.csv.with_suffix('.png')
-    page.write_text(make_page(runs, verdicts, picture.name))
     draw(runs, picture)
+    text = page.read_text() if page.exists() else '# Performance\n\n{}\n{}\n'.format(*MARKERS)
+    page.write_text(replace_figures(text, make_figures(runs, picture.name)))
     print(f'Wrote {page} and {picture}.')
     sys.exit(1 if is_missed else 0)
 
 
 def read_runs(path: Path) -> dict[tuple[str, str], list[Row]]:
-    """Read the rows of the last run of every suite, by device and allocator setting."""
+    """Read the rows of the last run of every suite, by device and allocator; none of no file."""
+    if not path.exists():
+        return {}
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
     last: dict[tuple[str, str, str], str] = {}
@@ -82,14 +109,19 @@ def read_runs(path: Path) -> dict[tuple[str, str], list[Row]]:
 
 
 def ratios(
-    rows: list[Row], method: str, mode: str, dtype: str = 'float32', suite: str = 'layer'
+    rows: list[Row],
+    method: str,
+    mode: str,
+    suite: str = 'layer',
+    dtype: str = 'float32',
+    memory_format: str = 'contiguous',
 ) -> dict[str, float]:
     """Return the ratio of medians to BN by case."""
+    what = dict(suite=suite, mode=mode, dtype=dtype, memory_format=memory_format)
     medians = {
         (row['method'], row['case']): float(row['median'])
         for row in rows
-        if (row['suite'], row['mode'], row['dtype']) == (suite, mode, dtype)
-        and row['memory_format'] == 'contiguous'
+        if all(row[key] == value for key, value in what.items())
     }
     return {
         case: value / medians['BN', case]
@@ -98,49 +130,75 @@ def ratios(
     }
 
 
-def mean_ratio(method: str, mode: str, peer: str = 'BN') -> Callable[[list[Row]], float | None]:
-    """Return what takes the geometric mean over the shapes of the ratio to a peer."""
+def mean_ratio(mode: str, **variant: str) -> Callable[[list[Row]], Figure | None]:
+    """Return what takes the geometric mean over the shapes of UBN's ratio to BN."""
 
-    def figure(rows: list[Row]) -> float | None:
-        mine, theirs = ratios(rows, method, mode), ratios(rows, peer, mode)
-        return geometric_mean([mine[case] / theirs[case] for case in mine])
-
-    return figure
-
-
-def worst_ratio(
-    method: str, mode: str, suite: str = 'layer', dtype: str = 'float32'
-) -> Callable[[list[Row]], float | None]:
-    """Return what takes the largest ratio to BN over the shapes."""
-    return lambda rows: max(ratios(rows, method, mode, dtype, suite).values(), default=None)
-
-
-def more_of(method: str, less: str, mode: str) -> Callable[[list[Row]], float | None]:
-    """Return what takes by how much of BN one method takes longer than another, on average."""
-
-    def figure(rows: list[Row]) -> float | None:
-        mine, theirs = ratios(rows, method, mode), ratios(rows, less, mode)
-        return float(np.mean([mine[case] - theirs[case] for case in mine])) if mine else None
+    def figure(rows: list[Row]) -> Figure | None:
+        by_case = ratios(rows, 'UBN', mode, **variant)
+        return Figure(geometric_mean(by_case.values()), worst_of(by_case)) if by_case else None
 
     return figure
 
 
-def geometric_mean(values: list[float]) -> float | None:
+def worst_ratio(mode: str, suite: str = 'layer', **variant: str) -> Callable:
+    """Return what takes the largest ratio of UBN to BN over the cases."""
+
+    def figure(rows: list[Row]) -> Figure | None:
+        by_case = ratios(rows, 'UBN', mode, suite, **variant)
+        return Figure(max(by_case.values()), worst_of(by_case)) if by_case else None
+
+    return figure
+
+
+def cost_of_stage_1(rows: list[Row]) -> Figure | None:
+    """Return by how much of BN stage 1 makes UBN take longer, on average over the shapes."""
+    on, off = (ratios(rows, name, MODES[1]) for name in ('UBN, stage 1 on', 'UBN'))
+    more = {case: on[case] - off[case] for case in on}
+    return Figure(float(np.mean([*more.values()])), worst_of(more)) if more else None
+
+
+def least_share(mode: str) -> Callable[[list[Row]], Figure | None]:
+    """Return what takes the least share of the copy bandwidth that UBN reaches on a map."""
+
+    def figure(rows: list[Row]) -> Figure | None:
+        shares = {case: rates['UBN'] / rates['copy'] for case, rates in rates_of(rows, mode)}
+        return Figure(min(shares.values()), worst_of(shares, min)) if shares else None
+
+    return figure
+
+
+def rates_of(rows: list[Row], mode: str) -> list[tuple[str, dict[str, float]]]:
+    """Return by map what the copy and the norms move: GB/s, and the bytes as ``limit``."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if (row['suite'], row['mode']) == ('bandwidth', mode):
+            found.setdefault(row['case'], {})[row['method']] = float(row['median'])
+    return list(found.items())
+
+
+def worst_of(by_case: dict[str, float], choose: Callable = max) -> str:
+    """Say which case is the worst, and how bad it is."""
+    case = choose(by_case, key=by_case.get)
+    return f'{by_case[case]:.2f}, {case}'
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
     """Return the geometric mean, None of nothing."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def count_of(mode: str, unit: str) -> Callable[[list[Row]], float | None]:
+def count_of(mode: str, unit: str) -> Callable[[list[Row]], Figure | None]:
     """Return what takes the largest count of SyncUBN's collectives or bytes over the ranks."""
 
-    def figure(rows: list[Row]) -> float | None:
+    def figure(rows: list[Row]) -> Figure | None:
         counts = [
             float(row['median'])
             for row in rows
             if (row['suite'], row['mode'], row['unit']) == ('ranks', mode, unit)
             and row['case'] != 'ranks=1'
         ]
-        return max(counts, default=None)
+        return Figure(max(counts)) if counts else None
 
     return figure
 
@@ -150,47 +208,80 @@ def count_of(mode: str, unit: str) -> Callable[[list[Row]], float | None]:
 _SYNC_BN_FORWARD = 4 * (2 * 256 + 1)
 _SYNC_BN_BACKWARD = 4 * 2 * 256
 
+
+def in_both(limit: float) -> dict[str, float]:
+    """Return a limit that holds with either setting of the allocator."""
+    return dict(default=limit, kept=limit)
+
+
+def by_default(limit: float) -> dict[str, float]:
+    """Return a limit that holds where nothing is set."""
+    return dict(default=limit)
+
+
 BARS = (
-    Bar('forward + backward, geometric mean', 0.95, mean_ratio('UBN', MODES[1])),
+    Bar('forward + backward, geometric mean', dict(default=0.95, kept=0.80), mean_ratio(MODES[1])),
+    Bar('forward + backward, worst shape', in_both(1.30), worst_ratio(MODES[1])),
+    Bar('stage 1 on, more than off', in_both(0.06), cost_of_stage_1),
+    Bar('evaluation, geometric mean', in_both(1.15), mean_ratio(MODES[2])),
+    Bar('evaluation, worst shape', in_both(1.60), worst_ratio(MODES[2])),
     Bar(
-        'forward + backward, pages kept, geometric mean',
-        0.80,
-        mean_ratio('UBN', MODES[1]),
-        allocator='kept',
+        'channels_last, forward + backward, geometric mean',
+        in_both(1.10),
+        mean_ratio(MODES[1], memory_format='channels_last'),
     ),
-    Bar('forward + backward, worst shape', 1.30, worst_ratio('UBN', MODES[1])),
     Bar(
-        'forward + backward, pages kept, worst shape',
-        1.30,
-        worst_ratio('UBN', MODES[1]),
-        allocator='kept',
+        'bfloat16, forward + backward, geometric mean',
+        in_both(1.00),
+        mean_ratio(MODES[1], dtype='bfloat16'),
     ),
-    Bar('stage 1 on, more than off', 0.06, more_of('UBN, stage 1 on', 'UBN', MODES[1])),
-    Bar('evaluation, geometric mean', 1.15, mean_ratio('UBN', MODES[2])),
-    Bar('evaluation, worst shape', 1.60, worst_ratio('UBN', MODES[2])),
-    Bar('bytes kept for backward, worst shape', 1.01, worst_ratio('UBN', 'kept', 'memory')),
-    Bar('Mask R-CNN training iteration', 1.00, worst_ratio('UBN', 'training iteration', 'model')),
-    Bar('Mask R-CNN inference', 1.01, worst_ratio('UBN', 'inference', 'model')),
-    Bar('SyncUBN, collectives forward', 1, count_of('forward', 'calls')),
-    Bar('SyncUBN, collectives backward', 1, count_of('backward', 'calls')),
+    Bar(
+        'Mask R-CNN training iteration',
+        by_default(1.00),
+        worst_ratio('training iteration', 'model'),
+    ),
+    Bar('Mask R-CNN inference', by_default(1.01), worst_ratio('inference', 'model')),
+    Bar(
+        "the study's small Mask R-CNN, training iteration",
+        by_default(1.02),
+        worst_ratio('training iteration', 'study'),
+    ),
+    Bar('bytes kept for backward, worst shape', by_default(1.01), worst_ratio('kept', 'memory')),
+    *(
+        Bar(
+            f'largest maps, {mode}: share of the copy bandwidth',
+            dict(kept=0.80),
+            least_share(mode),
+            is_least=True,
+        )
+        for mode in MODES[1:]
+    ),
+    Bar('SyncUBN, collectives forward', by_default(1), count_of('forward', 'calls')),
+    Bar('SyncUBN, collectives backward', by_default(1), count_of('backward', 'calls')),
     Bar(
         'SyncUBN, bytes a rank forward: SyncBN and two numbers',
-        _SYNC_BN_FORWARD + 8,
+        by_default(_SYNC_BN_FORWARD + 8),
         count_of('forward', 'bytes'),
     ),
-    Bar('SyncUBN, bytes a rank backward', _SYNC_BN_BACKWARD, count_of('backward', 'bytes')),
-    Bar('GPU: forward + backward', 1.20, mean_ratio('UBN', MODES[1]), device='cuda'),
     Bar(
-        'GPU: training iteration, float32',
-        1.03,
-        worst_ratio('UBN', 'training iteration', 'model'),
-        device='cuda',
+        'SyncUBN, bytes a rank backward',
+        by_default(_SYNC_BN_BACKWARD),
+        count_of('backward', 'bytes'),
     ),
     Bar(
-        'GPU: training iteration, bfloat16',
-        1.03,
-        worst_ratio('UBN', 'training iteration', 'model', 'bfloat16'),
+        'GPU: forward + backward, geometric mean',
+        by_default(1.20),
+        mean_ratio(MODES[1]),
         device='cuda',
+    ),
+    *(
+        Bar(
+            f'GPU: training iteration, {dtype}',
+            by_default(1.03),
+            worst_ratio('training iteration', 'model', dtype=dtype),
+            device='cuda',
+        )
+        for dtype in ('float32', 'bfloat16')
     ),
 )
 
@@ -202,79 +293,45 @@ def judge(runs: dict[tuple[str, str], list[Row]]) -> tuple[list[str], bool]:
         tuple[list[str], bool]: A Markdown table, and whether a bar is missed.
     """
     lines = [
-        '| bar (x BN where nothing else is said) | at most | measured | |',
-        '|---|---|---|---|',
+        '| bar (x BN where nothing else is said) | allocator | limit | measured | worst | |',
+        '|---|---|---|---|---|---|',
     ]
     is_missed = False
     for bar in BARS:
-        rows = runs.get((bar.device, bar.allocator), [])
-        figure = bar.figure(rows)
-        if figure is None:
-            lines.append(f'| {bar.what} | {bar.limit:g} | - | not measured |')
-            continue
-        is_met = figure <= bar.limit
-        is_missed |= not is_met
-        number = f'{figure:.3f}' if bar.limit < 10 else f'{figure:g}'
-        lines.append(
-            f'| {bar.what} | {bar.limit:g} | {number} | {"met" if is_met else "MISSED"} |'
-        )
+        for allocator, limit in bar.limits.items():
+            figure = bar.figure(runs.get((bar.device, allocator), []))
+            limited = f'at {"least" if bar.is_least else "most"} {limit:g}'
+            cells = [bar.what, allocator if bar.device == 'cpu' else '-', limited]
+            if figure is None:
+                cells += ['-', '-', 'not measured']
+            else:
+                value, worst = figure
+                is_met = value >= limit if bar.is_least else value <= limit
+                is_missed |= not is_met
+                cells.append(f'{value:.3f}' if limit < 10 else f'{value:g}')
+                cells += [worst or '-', 'met' if is_met else '**MISSED**']
+            lines.append(f'| {" | ".join(cells)} |')
     return lines, is_missed
 
 
 # ------------------------------------------------------------------------------------------ page
 
-INTRODUCTION = """# Performance
 
-Regenerated by `make bench`, which runs `tools/benchmark_norm.py` and
-`tools/report_performance.py`. All rows are in [performance.csv](performance.csv).
-
-## What is measured
-
-Everything that is compared runs **in one process, in turn, in a new order every round**;
-absolute times of a shared machine mean little, so a figure is the **ratio of the medians** over
-the rounds. A sample lasts at least 5 ms, by calls in a row. The rows also have the 20 % and 80 %
-quantiles of the time and of the ratio within a round.
-
-- **Shapes**: those that Mask R-CNN R50-FPN with norms in backbone, neck and heads feeds them
-  with two images of 800 x 1333 (padded to 800 x 1344), 512 sampled RoIs an image for the box
-  head and 128 for the mask head.
-- **forward**: training mode, with a graph. **forward+backward**: training mode, gradients of the
-  input and of all parameters. **evaluation**: evaluation mode without a graph. The rectifiers
-  are not the identity.
-- **UBN**: what `dict(type='UBN')` gives, with a neighbourhood of 3 x 3, all rectifiers and no
-  threshold; all bars are held against it. **stage 1 on**: with a threshold of 0.6 that is looked
-  at from the first batch on. **kernel 1**, **kernel 5**: without a neighbourhood, with a larger
-  one. **RBN**: composed of operators as in its paper. **BNET-3**: BN, then PyTorch's depthwise
-  3 x 3 convolution.
-- **bytes kept**: what autograd's saved tensors occupy after a forward, every storage once.
-- **training iteration**: loss, backward and optimizer step of the whole detector on random
-  images, the same work every time.
-- **allocator**: on CPU the allocator of the C library gives large memory back and takes it again
-  page by page, which every norm pays for its output and its gradient. *default* is what a user
-  has who sets nothing, and what the bars are held against; *kept* has `MALLOC_TRIM_THRESHOLD_`
-  and `MALLOC_MMAP_THRESHOLD_` at 16 GiB, so that no page is given back and the kernels alone are
-  seen.
-
-## What limits it
-
-On CPU a channel's planes are worked on while they are in a core's cache: moments and output in one
-visit, all sums and the gradient of x in another. So memory sees a map read once and written once
-in the forward, read twice and written once in the backward, whatever the neighbourhood; BN's own
-kernels go over it two and three times. Where memory has to be taken anew for each output (the
-default allocator, large maps), that takes most of the time of every norm, and ratios go to 1.
-
-The neighbourhood is 9 multiplications for each value, three times in a training step. They hide
-behind memory on large maps; in evaluation, where BN does nothing but read and write, they show on
-maps that are in the cache already. Planes of 256 values and less are transposed, so that each lane
-of a vector is a channel.
-
-## Bars
-"""
+def replace_figures(page: str, figures: str) -> str:
+    """Return a page with other figures between its markers."""
+    begin, end = MARKERS
+    before, found, rest = page.partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not (found and also_found):
+        raise SystemExit(f'The page has to have the lines {begin} and {end}.')
+    return f'{before}{begin}\n\n{figures}\n{end}{after}'
 
 
-def make_page(runs: dict[tuple[str, str], list[Row]], verdicts: list[str], picture: str) -> str:
-    """Return the page in Markdown."""
-    parts = [INTRODUCTION, '\n'.join(verdicts), f'\n![Ratios to BN]({picture})']
+def make_figures(runs: dict[tuple[str, str], list[Row]], picture: str) -> str:
+    """Return all tables in Markdown, and the picture where anything was measured."""
+    parts = ['## Bars\n', '\n'.join(judge(runs)[0])]
+    if runs:
+        parts.append(f'\n![Ratios to BN]({picture})')
     for (device, allocator), rows in runs.items():
         first = rows[0]
         parts.append(
@@ -282,12 +339,37 @@ def make_page(runs: dict[tuple[str, str], list[Row]], verdicts: list[str], pictu
             f'torch {first["torch"]}, {first["threads"]} threads, commit {first["commit"]}, '
             f'{first["date"][:10]}.'
         )
+        parts.append(bandwidth_table(rows))
         for mode in MODES:
             parts.append(ratio_table(rows, mode))
+        parts.append(variants_table(rows))
         parts.append(model_table(rows))
         parts.append(growth_table(rows))
         parts.append(ranks_table(rows))
     return '\n'.join(part for part in parts if part) + '\n'
+
+
+def bandwidth_table(rows: list[Row]) -> str:
+    """Return what the largest maps have to move, and how fast the norms move it."""
+    lines = []
+    for mode in MODES[1:]:
+        for case, rates in rates_of(rows, mode):
+            limit = 1e-6 * rates['limit'] / rates['copy']
+            cells = [case, mode, f'{rates["limit"] / 2**20:.1f}', f'{rates["copy"]:.1f}']
+            cells.append(f'{limit:.2f}')
+            for method in ('BN', 'UBN'):
+                cells.append(f'{limit * rates["copy"] / rates[method]:.2f}')
+                cells.append(f'{rates[method] / rates["copy"]:.2f}')
+            lines.append(f'| {" | ".join(cells)} |')
+    if not lines:
+        return ''
+    head = (
+        '\n### Largest maps against the limit of memory\n\n'
+        '| map | mode | MiB that must move | copy, GB/s | limit, ms | BN, ms | share of the limit '
+        '| UBN, ms | share of the limit |\n'
+        '|---|---|---|---|---|---|---|---|---|\n'
+    )
+    return head + '\n'.join(lines)
 
 
 def ratio_table(rows: list[Row], mode: str) -> str:
@@ -309,9 +391,33 @@ def ratio_table(rows: list[Row], mode: str) -> str:
     for case, milliseconds in base.items():
         cells = [f'{columns[m][case]:.2f}' if case in columns[m] else '-' for m in METHODS]
         lines.append(f'| {case} | {milliseconds:.2f} | ' + ' | '.join(cells) + ' |')
-    means = [geometric_mean(list(columns[m].values())) for m in METHODS]
+    means = [geometric_mean(columns[m].values()) for m in METHODS]
     cells = ['-' if mean is None else f'**{mean:.2f}**' for mean in means]
     lines.append('| **geometric mean** | | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def variants_table(rows: list[Row]) -> str:
+    """Return UBN's ratios to BN on features of every type and layout."""
+    columns = {
+        (mode, *variant): ratios(rows, 'UBN', mode, 'layer', *variant)
+        for variant in VARIANTS
+        for mode in MODES[1:]
+    }
+    columns = {key: by_case for key, by_case in columns.items() if by_case}
+    if len(columns) <= len(MODES[1:]):
+        return ''
+    names = [f'{mode}, {dtype}, {layout}' for mode, dtype, layout in columns]
+    lines = [
+        '\n### UBN by type and layout, x BN of the same\n',
+        '| shape | ' + ' | '.join(names) + ' |',
+        '|---' * (len(names) + 1) + '|',
+    ]
+    for case in next(iter(columns.values())):
+        cells = [f'{by_case[case]:.2f}' for by_case in columns.values()]
+        lines.append(f'| {case} | ' + ' | '.join(cells) + ' |')
+    means = [f'**{geometric_mean(by_case.values()):.2f}**' for by_case in columns.values()]
+    lines.append('| **geometric mean** | ' + ' | '.join(means) + ' |')
     return '\n'.join(lines)
 
 
@@ -319,18 +425,19 @@ def model_table(rows: list[Row]) -> str:
     """Return what the whole detector takes."""
     lines = []
     for row in rows:
-        if row['suite'] == 'model':
+        if row['suite'] in DETECTORS:
             is_time = row['unit'] == 'ms'
             value = float(row['median']) / (1e3 if is_time else 2**30)
             lines.append(
-                f'| {row["mode"]} | {row["case"]} | {row["dtype"]} | {row["method"]} | '
+                f'| {DETECTORS[row["suite"]]}, {row["mode"]} | {row["case"]} | {row["dtype"]} | '
+                f'{row["method"]} | '
                 f'{value:.3f} {"s" if is_time else "GiB"} | {float(row["ratio"]):.3f} | '
                 f'{float(row["ratio_low"]):.3f} to {float(row["ratio_high"]):.3f} |'
             )
     if not lines:
         return ''
     head = (
-        '\n### Mask R-CNN R50-FPN, norm in backbone, neck and heads\n\n'
+        '\n### Detectors with the norm in backbone, neck and heads\n\n'
         '| | images | type | norm | median | x BN, pairwise | 20 % to 80 % |\n'
         '|---|---|---|---|---|---|---|\n'
     )

@@ -7,7 +7,8 @@ there.
 
 Environment variables:
     UBN_WHEEL_CACHE: Where compiled wheels are kept, by default ~/.cache/ubn_det/wheels.
-    FORCE_CUDA: 1 compiles mmcv's CUDA operators as well, which needs the CUDA toolkit.
+    FORCE_CUDA: 1 asks for a CUDA build of torch and compiles mmcv's CUDA operators as well, which
+        needs the CUDA toolkit.
     CXX, MAX_JOBS: The C++ compiler, and how many of them run at once.
 """
 
@@ -143,6 +144,16 @@ def require_compiler(environ: Mapping[str, str]) -> str:
         "no C++ compiler was found (c++, g++ or clang++), and mmcv's operators have to be "
         'compiled. Install one (on Debian and Ubuntu: apt-get install g++) or name it in CXX.'
     )
+
+
+def find_nvcc(
+    environ: Mapping[str, str], which: Callable[[str], str | None] = shutil.which
+) -> str | None:
+    """Return CUDA's compiler where torch looks for it, or None."""
+    home = environ.get('CUDA_HOME') or environ.get('CUDA_PATH')
+    if home:
+        return which(str(Path(home) / 'bin/nvcc'))
+    return which('nvcc') or which('/usr/local/cuda/bin/nvcc')
 
 
 def compile_jobs(environ: Mapping[str, str], cores: int, memory: float) -> int:
@@ -342,6 +353,11 @@ def check_ops(cuda_ops: bool) -> None:
 
     if cuda_ops and get_compiling_cuda_version() == 'not available':
         raise SystemExit('the CUDA operators were asked for and are not in mmcv')
+    if cuda_ops and torch.cuda.is_available():
+        # A wheel that was compiled for another kind of GPU ends here.
+        _, keep = nms(boxes.cuda(), torch.tensor([0.9, 0.8, 0.7]).cuda(), iou_threshold=0.5)
+        if keep.tolist() != [0, 2]:
+            raise SystemExit(f'on the GPU, nms kept the boxes {keep.tolist()}, not [0, 2]')
 
 
 def check_stack() -> None:
@@ -359,7 +375,7 @@ def check_stack() -> None:
 # ------------------------------------------------------------------------------------------
 
 
-def require_machine(cache: Path) -> None:
+def require_machine(cache: Path, cuda_ops: bool) -> None:
     """Say what the machine lacks before anything is downloaded."""
     if not (importlib.util.find_spec('venv') and importlib.util.find_spec('ensurepip')):
         raise SetupError(
@@ -375,10 +391,10 @@ def require_machine(cache: Path) -> None:
         )
     # Which wheel fits is known only once torch is there; a cache with any leaves this for later.
     if not any(cache.glob('*/onedl_mmcv-*.whl')):
-        require_build_tools()
+        require_build_tools(cuda_ops)
 
 
-def require_build_tools() -> str:
+def require_build_tools(cuda_ops: bool) -> str:
     """Return the C++ compiler's command, or say what compiling mmcv lacks."""
     compiler = require_compiler(os.environ)
     if not Path(sysconfig.get_path('include'), 'Python.h').exists():
@@ -386,6 +402,11 @@ def require_build_tools() -> str:
             f"Python {PYTHON_VERSION}'s header Python.h is missing, and mmcv's operators have to "
             f'be compiled. Install it (on Debian and Ubuntu: apt-get install '
             f'python{PYTHON_VERSION}-dev).'
+        )
+    if cuda_ops and not find_nvcc(os.environ):
+        raise SetupError(
+            "FORCE_CUDA=1 asks for mmcv's CUDA operators, and CUDA's compiler nvcc was not found. "
+            'Install the CUDA toolkit, or name its folder in CUDA_HOME.'
         )
     return compiler
 
@@ -407,7 +428,7 @@ def create_environment() -> None:
         raise SetupError(f'`{python} -m venv {VENV}` failed: {made.stdout.strip()}')
 
 
-def install_packages(sections: Mapping[str, list[str]]) -> str:
+def install_packages(sections: Mapping[str, list[str]], cuda_ops: bool) -> str:
     """Install all that comes ready to use, and return torch's version with its local part."""
     pip_install('pip', sections['pip'])
     say('installing torch and about 60 smaller packages (1 to 5 minutes)')
@@ -416,6 +437,11 @@ def install_packages(sections: Mapping[str, list[str]]) -> str:
     if re.search(r"^cuda.*= '", torch_info, flags=re.MULTILINE):
         say("installing this CUDA build of torch's libraries (2 GB, some minutes)")
         pip_install('cuda', sections['cuda'], '--only-binary=:all:')
+    elif cuda_ops:
+        raise SetupError(
+            'FORCE_CUDA=1 asks for CUDA, and the torch that was installed is a build without it. '
+            'Name an index with CUDA builds in PIP_INDEX_URL, and remove .venv.'
+        )
     try:
         return check('base')
     except StepError as error:
@@ -426,7 +452,7 @@ def install_packages(sections: Mapping[str, list[str]]) -> str:
 
 def build_mmcv(requirement: str, folder: Path, cuda_ops: bool) -> Path:
     """Compile mmcv and put the finished wheel into the cache's folder in one step."""
-    compiler = require_build_tools()
+    compiler = require_build_tools(cuda_ops)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     jobs = compile_jobs(os.environ, cores or 1, memory)
@@ -571,15 +597,16 @@ def set_up() -> None:
         else 'about 10 minutes on two cores the first time, 2 to 3 where mmcv was compiled before'
     )
     start = time.monotonic()
-    require_machine(cache)
+    cuda_ops = asked == '1'
+    require_machine(cache, cuda_ops)
     if todo == 'create':
         create_environment()
     # From here on an interruption leaves an environment without a stamp, which is made anew.
     STAMP.unlink(missing_ok=True)
     LOGS.mkdir(exist_ok=True)
     sections = parse_requirements(INPUTS[0].read_text())
-    torch = install_packages(sections)
-    install_mmcv(sections['mmcv'][0], torch, cache, asked == '1')
+    torch = install_packages(sections, cuda_ops)
+    install_mmcv(sections['mmcv'][0], torch, cache, cuda_ops)
     install_extra(sections['extra'], sections['sources'])
     install_project(sections['mmdet'])
     fresh = STAMP.with_suffix('.new')
