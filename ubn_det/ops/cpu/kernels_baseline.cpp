@@ -1,6 +1,6 @@
 // The kernels for any processor: 16-byte vectors, which x86-64 and 64-bit Arm have.
 
-// It is compiled for size as well: -O3 takes twice as long, for processors that are rare.
+// -O3 takes twice as long to compile, for processors that are rare.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O2")
 #endif
