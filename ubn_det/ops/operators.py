@@ -235,6 +235,7 @@ class _Normalization(torch.autograd.Function):
 class _Train(_Normalization):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -246,17 +247,14 @@ class _Train(_Normalization):
         gain: float,
         is_scored: bool,
         group: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # One by one: torch.compile counts the arguments.
+    ) -> tuple[Tensor, Tensor]:
+        # One by one: torch.compile counts the arguments. With a setup_context torch would look up
+        # this signature in every call, which takes longer than the kernels of a small map.
         parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
-        return _train_operator(x, _widened(x, parameters), eps, gain, is_scored, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *parameters, ctx.eps, ctx.gain, _, ctx.group = inputs
+        y, m, summary = _train_operator(x, _widened(x, parameters), eps, gain, is_scored, group)
+        ctx.eps, ctx.gain, ctx.group = eps, gain, group
         ctx.memory_format = dispatch.memory_format_of(x)
-        _, m, summary = output
-        ctx.mark_non_differentiable(m, summary)
+        ctx.mark_non_differentiable(summary)
         ctx.set_materialize_grads(False)
         # What is compiled keeps m of any map: to ask for the size would fix its range.
         num_values = x.shape[2] * x.shape[3]
@@ -265,11 +263,13 @@ class _Train(_Normalization):
         )
         mean, var = _split(summary)
         ctx.save_for_backward(x, m if is_kept else None, mean, var, summary[-3], *parameters)
+        return y, summary
 
 
 class _Evaluate(_Normalization):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -284,26 +284,22 @@ class _Evaluate(_Normalization):
     ) -> Tensor:
         # As above.
         parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
-        dtype = accumulate_dtype(x.dtype)
-        return _evaluate_operator(
-            x, mean.to(dtype), var.to(dtype), _widened(x, parameters), eps, gain
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *parameters, mean, var, ctx.eps, ctx.gain = inputs
+        ctx.eps, ctx.gain, ctx.group = eps, gain, None
         ctx.memory_format = dispatch.memory_format_of(x)
-        ctx.group = None
         ctx.set_materialize_grads(False)
         # A training forward before the backward pass moves the running statistics in place.
         mean, var = (t.to(accumulate_dtype(x.dtype), copy=True) for t in (mean, var))
         ctx.save_for_backward(x, None, mean, var, None, *parameters)
+        return _evaluate_operator(x, mean, var, _widened(x, parameters), eps, gain)
 
 
 def _widened(x: Tensor, parameters: list[Tensor | None]) -> list[Tensor | None]:
     """Return parameters as the kernels take them: dense, and of the type of sums."""
     dtype = accumulate_dtype(x.dtype)
-    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
+    return [
+        p if p is None or (p.dtype == dtype and p.is_contiguous()) else p.to(dtype).contiguous()
+        for p in parameters
+    ]
 
 
 def train(
@@ -315,15 +311,17 @@ def train(
     group: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the operator with its gradient; returns y and summary."""
-    y, _, summary = _Train.apply(x, *parameters, eps, gain, is_scored, group)
-    return y, summary
+    return _Train.apply(x, *parameters, eps, gain, is_scored, group)
 
 
 def evaluate(
     x: Tensor, mean: Tensor, var: Tensor, parameters: Parameters, eps: float, gain: float
 ) -> Tensor:
-    """Run the operator with its gradient."""
-    return _Evaluate.apply(x, *parameters, mean, var, eps, gain)
+    """Run the operator, with its gradient where one may be asked for."""
+    if torch.is_grad_enabled():
+        return _Evaluate.apply(x, *parameters, mean, var, eps, gain)
+    mean, var = _widened(x, [mean, var])
+    return _evaluate_operator(x, mean, var, _widened(x, list(parameters)), eps, gain)
 
 
 def describe(x: Tensor, center_weight: Tensor | None, gain: float, is_scored: bool) -> Tensor:
