@@ -5,15 +5,13 @@ import pytest
 import torch
 from tiny_detector import Trainer, build_detector, layers_of, make_batch
 
-from ubn_det.layers.ubn import GATE_BUFFERS
+from ubn_det.layers.ubn import COUNTERS
 
 NUM_ITERATIONS = 200
 SOAK_ITERATIONS = 2000
 
 # Gates close and open again.
 RULE = dict(condensation_threshold=0.4, warmup=3, patience=20)
-
-COUNTERS = ('num_batches_tracked', *(name for name in GATE_BUFFERS if name != 'condensation'))
 
 
 @pytest.fixture(scope='module', autouse=True)

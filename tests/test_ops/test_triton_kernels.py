@@ -18,7 +18,7 @@ if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
 import reference
 from reference import GAIN, GateReference
 
-from ubn_det.ops import triton_kernels
+from ubn_det.ops import Buffers, Rule, triton_kernels
 
 EPS = 1e-5
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -395,22 +395,23 @@ def test_other_layouts_are_refused():
 # The gate
 # ------------------------------------------------------------------------------------------------
 
-BUFFERS = (
-    'running_mean',
-    'running_var',
-    'num_batches_tracked',
-    'condensation',
-    'num_batches_condensed',
-    'num_batches_readmitted',
-    'consecutive_condensed',
-)
+BUFFERS = Buffers._fields
 
 
-def buffers_of(gate, dtype=torch.float32):
-    """What the kernel moves, as a gate has it."""
+def buffers_of(gate, dtype=torch.float32, kept_in=torch.float32):
+    """What the kernel moves, as a gate has it; the moments of its score in ``kept_in``."""
     values = [torch.as_tensor(getattr(gate, name)) for name in BUFFERS]
-    kinds = [dtype, dtype, torch.int64, torch.float32, *[torch.int64] * 3]
+    counts = [torch.int64] * 3
+    kinds = [dtype, dtype, torch.int64, kept_in, *counts, kept_in, kept_in, torch.int64]
     return tuple(v.to(DEVICE, kind) for v, kind in zip(values, kinds, strict=True))
+
+
+def rule_of(gate):
+    """The rule of a gate, as the kernel takes it."""
+    rule = Rule(gate.momentum, gate.threshold, gate.warmup, gate.patience)
+    if gate.threshold == 'auto':
+        rule = rule._replace(condensation_threshold=gate.margin, z=gate.z)
+    return rule
 
 
 def summary_of(mean, var, count, score=None, num_pairs=2):
@@ -431,6 +432,8 @@ GATES = {
     'no threshold': dict(threshold=None),
     'mean of all batches': dict(threshold=0.5, momentum=None, warmup=0, patience=3),
     'negative threshold': dict(threshold=-0.2, momentum=0.01, warmup=1, patience=2),
+    'auto': dict(threshold='auto', warmup=2, patience=3, z=1.0, margin=0.1),
+    'auto, mean of all batches': dict(threshold='auto', momentum=None, warmup=2, patience=3),
 }
 # None: the score is not defined.
 SCORES = [0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, None, 0.2, float('nan'), 0.7, 1.5, -1.5, 0.6, 0.3]
@@ -452,10 +455,7 @@ def test_update(rule, num_channels):
         triton_kernels.update(
             buffers,
             summary_of(mean, var, 40, score),
-            gate.momentum,
-            gate.threshold,
-            gate.warmup,
-            gate.patience,
+            *rule_of(gate),
         )
         check_gate(buffers, gate)
         if not is_open:
@@ -466,13 +466,16 @@ def test_update(rule, num_channels):
 @pytest.mark.parametrize(
     'dtype, rounding', [(torch.float64, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
 )
-def test_update_of_other_types(dtype, rounding):
-    gate = GateReference(3)
-    buffers = buffers_of(gate, dtype)
+@pytest.mark.parametrize('threshold', [0.6, 'auto'])
+def test_update_of_other_types(dtype, rounding, threshold):
+    gate = GateReference(3, threshold=threshold)
+    gate.condensation_mean, gate.condensation_var, gate.num_batches_scored = 0.125, 0.0625, 2
+    buffers = buffers_of(gate, dtype, dtype)
+    kinds = [buffer.dtype for buffer in buffers]
     mean, var = torch.randn(3).double(), torch.rand(3).double()
     gate.step(mean, var, 40, 0.2)
-    triton_kernels.update(buffers, summary_of(mean, var, 40, 0.2), 0.1, 0.6, 50, 100)
-    assert buffers[0].dtype == dtype
+    triton_kernels.update(buffers, summary_of(mean, var, 40, 0.2), *rule_of(gate))
+    assert [buffer.dtype for buffer in buffers] == kinds
     check_gate(buffers, gate, rounding)
 
 
@@ -481,7 +484,7 @@ def test_update_by_nothing_changes_nothing():
     gate.consecutive_condensed = 2
     buffers = buffers_of(gate)
     summary = torch.zeros(9, device=DEVICE)
-    triton_kernels.update(buffers, summary, 0.1, 0.6, 0, 1)
+    triton_kernels.update(buffers, summary, *Rule(0.1, 0.6, 0, 1))
     check_gate(buffers, gate, 0)
 
 
@@ -489,7 +492,7 @@ def test_update_by_one_value_closes_the_gate():
     gate = GateReference(3)
     buffers = buffers_of(gate)
     summary = summary_of(torch.randn(3), torch.zeros(3), 1)
-    triton_kernels.update(buffers, summary, 0.1, None, 0, 100)
+    triton_kernels.update(buffers, summary, *Rule(0.1, None, 0, 100))
     gate.num_batches_condensed = gate.consecutive_condensed = 1
     check_gate(buffers, gate, 0)
 
@@ -510,7 +513,7 @@ def test_results_are_the_same_in_a_graph(dtype, layout, num):
 
     def step():
         done = run_training(x, dy, params)
-        triton_kernels.update(buffers, done['summary'], 0.1, 0.6, 50, 100)
+        triton_kernels.update(buffers, done['summary'], *Rule(0.1, 0.6, 50, 100))
         return done
 
     expected = step()
