@@ -44,8 +44,8 @@ class Rule(NamedTuple):
     warmup: int
     patience: int
     z: float | None = None
-    # Of a score in its moments, at least. Less makes them follow a training too late, more makes
-    # the deviation noisy: at 0.1 more than 1 % of a layer's ordinary batches of 4 were closed.
+    # Of a score in its moments, at least. On recorded scores 0.02 found fewer condensed batches
+    # (72 % of batches of 8, not 77 %), and 0.1 closed 1.5 times as many ordinary ones.
     weight: float = 0.05
 
 
