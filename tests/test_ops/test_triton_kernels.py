@@ -15,7 +15,10 @@ if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
     reason = 'no accelerator; test_triton_launches.py runs these in the interpreter'
     pytest.skip(reason, allow_module_level=True)
 
+import fuzzing
 import reference
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import GAIN, GateReference
 
 from ubn_det.ops import Buffers, Rule, triton_kernels
@@ -435,6 +438,7 @@ GATES = {
     'auto': dict(threshold='auto', warmup=2, patience=3, z=1.0, margin=0.1),
     'auto, mean of all batches': dict(threshold='auto', momentum=None, warmup=2, patience=3),
 }
+NAN = float('nan')
 # None: the score is not defined.
 SCORES = [0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, None, 0.2, float('nan'), 0.7, 1.5, -1.5, 0.6, 0.3]
 
@@ -461,6 +465,41 @@ def test_update(rule, num_channels):
         if not is_open:
             assert all(torch.equal(a, b) for a, b in zip(kept, buffers[:2], strict=True))
     assert gate.num_batches_condensed > 1
+
+
+def test_update_by_random_scores(request):
+    seen = set()
+
+    @fuzzing.cases(request, 30)
+    @given(
+        scores=st.lists(
+            st.none() | st.floats(0.1, 0.3) | st.floats(-1, 1) | st.sampled_from([0.9, NAN]),
+            min_size=10,
+            max_size=20,
+        ),
+        broken=st.sets(st.integers(0, 40)),
+        momentum=st.sampled_from([0.1, None]),
+        patience=st.integers(1, 4),
+        z=st.sampled_from([0.0, 1.0, 3.0]),
+    )
+    def compare(scores, broken, momentum, patience, z):
+        gate = GateReference(3, momentum, 'auto', 4, patience, z=z)
+        buffers = buffers_of(gate)
+        for i, score in enumerate(scores):
+            mean, var = torch.randn(3).double(), torch.rand(3).double()
+            if i in broken:
+                mean[1] = NAN
+            limit = gate.limit
+            gate.step(mean, var, 40, score)
+            if score is not None and abs(score - limit) < 1e-4:
+                # Rounding may decide it.
+                return
+            triton_kernels.update(buffers, summary_of(mean, var, 40, score), *rule_of(gate))
+            check_gate(buffers, gate, 1e-5)
+        seen.add((gate.num_batches_condensed > 0, gate.num_batches_readmitted > 0))
+
+    compare()
+    assert (True, True) in seen
 
 
 @pytest.mark.parametrize(
