@@ -470,10 +470,10 @@ def test_update(rule, num_channels):
 def test_update_by_random_scores(request):
     seen = set()
 
-    @fuzzing.cases(request, 30)
+    @fuzzing.cases(request, 80)
     @given(
         scores=st.lists(
-            st.none() | st.floats(0.1, 0.3) | st.floats(-1, 1) | st.sampled_from([0.9, NAN]),
+            st.none() | st.floats(0.1, 0.3) | st.floats(-1, 1) | st.sampled_from([0.9, 0.9, 0.8, NAN]),
             min_size=10,
             max_size=20,
         ),
@@ -481,9 +481,14 @@ def test_update_by_random_scores(request):
         momentum=st.sampled_from([0.1, None]),
         patience=st.integers(1, 4),
         z=st.sampled_from([0.0, 1.0, 3.0]),
+        # Scores weigh the same from the twentieth on.
+        scored=st.sampled_from([0, 15, 30]),
     )
-    def compare(scores, broken, momentum, patience, z):
+    def compare(scores, broken, momentum, patience, z, scored):
         gate = GateReference(3, momentum, 'auto', 4, patience, z=z)
+        if scored:
+            gate.condensation_mean, gate.condensation_var = 0.25, 0.0625
+            gate.num_batches_tracked = gate.num_batches_scored = scored
         buffers = buffers_of(gate)
         for i, score in enumerate(scores):
             mean, var = torch.randn(3).double(), torch.rand(3).double()
