@@ -85,7 +85,7 @@ def assert_same_decisions(first, second):
 
 def assert_gates_acted(found):
     """Most gates have closed, and then opened by the score itself."""
-    tracked, closed, readmitted, _ = found['counters'].unbind(2)
+    tracked, closed, readmitted, *_ = found['counters'].unbind(2)
     opens = (tracked - readmitted).diff(dim=0) > 0
     reopens = opens & (closed[:-1] > 0)
     assert reopens.any(0).float().mean() > 0.5
