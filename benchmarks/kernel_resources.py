@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ubn_det.ops import triton_kernels
+from ubn_det.ops import Rule, triton_kernels
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -127,10 +127,10 @@ def call_steps(x: Tensor, size: int) -> None:
     for batch in ((d_statistics, share), (None, None)):
         triton_kernels.input_gradient(x, x, m, *given[:3], sums, *batch, *given[3:])
     counter = torch.empty((), dtype=torch.int64, device=x.device)
-    buffers = (channels, channels, counter, share, counter, counter, counter)
+    buffers = (channels, channels, counter, share, *[counter] * 3, share, share, counter)
     summary = channels.new_empty(2 * C + 3)
-    for momentum, threshold in ((0.1, 0.6), (None, None)):
-        triton_kernels.update(buffers, summary, momentum, threshold, 50, 100)
+    for momentum, threshold, z in ((0.1, 0.6, None), (0.1, 0.03, 3.0), (None, None, None)):
+        triton_kernels.update(buffers, summary, *Rule(momentum, threshold, 50, 100, z))
 
 
 def variant(launch: Launch, capability: int) -> Variant:

@@ -149,16 +149,27 @@ class GateReference:
     """The running statistics and what the gate lets into them, decided in plain Python.
 
     ``step`` takes what a batch says of itself: :func:`statistics` and its score, None where there
-    is none (fewer than two samples, or a zero-size batch).
+    is none (fewer than two samples, or a zero-size batch). ``threshold`` is a number, None or
+    'auto', which alone looks at ``z`` and ``margin``.
     """
 
     def __init__(
-        self, num_features, momentum=0.1, threshold=0.6, warmup=50, patience=100, score=0.0
+        self,
+        num_features,
+        momentum=0.1,
+        threshold=0.6,
+        warmup=50,
+        patience=100,
+        score=0.0,
+        z=3.0,
+        margin=0.03,
     ):
         self.momentum = momentum
         self.threshold = threshold
         self.warmup = warmup
         self.patience = patience
+        self.z = z
+        self.margin = margin
         self.running_mean = torch.zeros(num_features, dtype=torch.float64)
         self.running_var = torch.ones(num_features, dtype=torch.float64)
         self.condensation = score
@@ -166,15 +177,28 @@ class GateReference:
         self.num_batches_condensed = 0
         self.num_batches_readmitted = 0
         self.consecutive_condensed = 0
+        self.condensation_mean = 0.0
+        self.condensation_var = 0.0
+        self.num_batches_scored = 0
+
+    @property
+    def limit(self):
+        """What the score of the next batch is held against."""
+        if self.threshold != 'auto':
+            return self.threshold
+        return self.condensation_mean + self.z * math.sqrt(self.condensation_var) + self.margin
 
     def step(self, mean, var, count, score=None):
         """Take in one training batch; return whether its gate is open."""
         finite = bool(torch.isfinite(mean).all() and torch.isfinite(var).all())
-        condensed = False
+        condensed = scored = False
         if self.threshold is not None and score is not None and math.isfinite(score):
+            scored = True
             self.condensation = float(score)
             watching = self.momentum is not None and self.num_batches_tracked >= self.warmup
-            condensed = watching and self.condensation > self.threshold
+            if self.threshold == 'auto':
+                watching = watching and self.num_batches_scored >= self.warmup
+            condensed = watching and self.condensation > self.limit
         starved = self.consecutive_condensed >= self.patience
         if not finite or (condensed and not starved):
             self.num_batches_condensed += 1
@@ -182,13 +206,27 @@ class GateReference:
             return False
 
         self.num_batches_readmitted += condensed
-        self.consecutive_condensed = 0
+        if self.threshold != 'auto':
+            self.consecutive_condensed = 0
+        elif scored:
+            self._follow(self.condensation)
+            if not condensed:
+                self.consecutive_condensed = 0
         self.num_batches_tracked += 1
         factor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
         unbiased = var.detach() * (count / (count - 1))
         self.running_mean = (1 - factor) * self.running_mean + factor * mean.detach()
         self.running_var = (1 - factor) * self.running_var + factor * unbiased
         return True
+
+    def _follow(self, score):
+        """Mean and biased variance of all scores, of the last 20 or so later, by power sums."""
+        self.num_batches_scored += 1
+        weight = max(1 / self.num_batches_scored, 1 / 20)
+        square = self.condensation_var + self.condensation_mean**2
+        self.condensation_mean = (1 - weight) * self.condensation_mean + weight * score
+        square = (1 - weight) * square + weight * score**2
+        self.condensation_var = max(square - self.condensation_mean**2, 0.0)
 
 
 def random_params(num_features, dims, kernel=1, dtype=torch.float64, gain=GAIN):

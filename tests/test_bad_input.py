@@ -44,6 +44,7 @@ COUNTERS = (
     'num_batches_condensed',
     'num_batches_readmitted',
     'consecutive_condensed',
+    'num_batches_scored',
 )
 
 # Of sums of some hundred values, relative to the largest result. Half precision rounds what goes
@@ -111,7 +112,11 @@ NEARLY = {
     'eps': st.floats() | st.sampled_from([1e-320, 1e300, 0, 1, 10**400, Fraction(1, 3)]),
     'momentum': st.none() | st.floats(-0.1, 1.1) | st.sampled_from([0, 1, Fraction(1, 3)]),
     **{name: st.booleans() | st.sampled_from([0, 1, np.True_]) for name in FLAGS},
-    'condensation_threshold': st.none() | st.floats(-1.1, 1.1) | st.sampled_from([-1, 0, 1]),
+    'condensation_threshold': (
+        st.none() | st.floats(-1.1, 1.1) | st.sampled_from([-1, 0, 1, 'auto', 'auto', 'Auto'])
+    ),
+    'condensation_z': st.floats(-1, 5) | st.sampled_from([3, math.nan, math.inf, 10**400]),
+    'condensation_margin': st.floats(-0.1, 2.1) | st.sampled_from([0, 1, Fraction(1, 3)]),
     'on_condensed': st.none() | st.sampled_from(['running', 'freeze', np.str_('freeze'), True]),
     'warmup': st.integers(-1, 3) | st.sampled_from([2**63 - 1, 2**63, 10**30]),
     'patience': st.integers(-1, 3) | st.sampled_from([2**63 - 1, 2**63, 10**30]),
@@ -152,7 +157,11 @@ GOOD = {
     'eps': lambda value: is_number(value, 0, torch.finfo(torch.float32).max) and value > 0,
     'momentum': lambda value: value is None or is_number(value, 0, 1),
     **{name: (lambda value: isinstance(value, bool)) for name in FLAGS},
-    'condensation_threshold': lambda value: value is None or is_number(value, -1, 1),
+    'condensation_threshold': lambda value: (
+        value is None or is_number(value, -1, 1) or isinstance(value, str) and value == 'auto'
+    ),
+    'condensation_z': lambda value: is_number(value, 0, torch.finfo(torch.float32).max),
+    'condensation_margin': lambda value: is_number(value, 0, 2),
     # Of the past; every layer does what 'freeze' did.
     'on_condensed': lambda value: value is None or isinstance(value, str) and value == 'freeze',
     'warmup': lambda value: is_integer(value, 0),
@@ -171,6 +180,9 @@ def refused(arguments):
     # A neighbourhood has nothing to stand beside.
     if arguments.get('affine') is False and not names and kernel is not None and kernel > 1:
         names = {'affine_kernel'}
+    # No deviation of fewer scores.
+    if arguments.get('condensation_threshold') == 'auto' and arguments.get('warmup') in (0, 1):
+        names.add('warmup')
     return names
 
 
@@ -280,10 +292,11 @@ def assert_works(layer, make):
     if any(t.is_meta for t in tensors_of(layer).values()):
         layer.to_empty(device='cpu')
         layer.reset_parameters()
-    kinds = dict(eps=float, momentum=float, condensation_threshold=float)
+    kinds = dict(eps=float, momentum=float, condensation_threshold=(float, str))
+    kinds.update(condensation_z=float, condensation_margin=float)
     kinds.update(num_features=int, warmup=int, patience=int, affine_kernel=int)
     for name, kind in kinds.items():
-        assert isinstance(getattr(layer, name), (kind, NoneType))
+        assert isinstance(getattr(layer, name), kind) or getattr(layer, name) is None
     randomize(layer)
     for training in (True, True, False):
         assert_step_equals_reference(layer.train(training), random_input(layer))
@@ -434,7 +447,7 @@ def changed(draw, tensor):
 
 
 RECTIFIERS = {'center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'}
-GATE = {'condensation', *COUNTERS[1:]}
+GATE = {'condensation', 'condensation_mean', 'condensation_var', *COUNTERS[1:]}
 
 
 def starts_at_zero(own, present):

@@ -485,7 +485,8 @@ class TestTypes:
         assert {p.dtype for p in layer.parameters()} == {torch.half}
         types = {name: buffer.dtype for name, buffer in layer.named_buffers()}
         assert types.pop('running_mean') == types.pop('running_var') == torch.half
-        assert types.pop('condensation') == torch.half
+        for name in ('condensation', 'condensation_mean', 'condensation_var'):
+            assert types.pop(name) == torch.half
         assert set(types.values()) == {torch.int64}
         assert torch.isfinite(layer(torch.randn(2, 4, 5, 5).half())).all()
         assert torch.isfinite(layer.eval()(torch.randn(2, 4, 5, 5).half())).all()

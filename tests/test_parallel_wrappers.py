@@ -57,8 +57,10 @@ COUNTERS = (
     'num_batches_condensed',
     'num_batches_readmitted',
     'consecutive_condensed',
+    'num_batches_scored',
 )
-BUFFERS = ('running_mean', 'running_var', 'condensation', *COUNTERS)
+SCORES = ('condensation', 'condensation_mean', 'condensation_var')
+BUFFERS = ('running_mean', 'running_var', *SCORES, *COUNTERS)
 
 # The collectives of one SyncUBN, and how many of them a forward runs.
 FORWARD = ('all_gather', 2 * C + 3)
@@ -297,7 +299,7 @@ def train(model, rank, steps, at_once=False):
 def tolerance_of(name, t):
     if not t.dtype.is_floating_point:
         return EXACT
-    return SCORE if str(name).endswith('condensation') else CLOSE
+    return SCORE if str(name).endswith(SCORES) else CLOSE
 
 
 def assert_same_values(found, expected, what, tolerance=None):

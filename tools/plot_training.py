@@ -16,6 +16,7 @@ METRICS = ('coco/bbox_mAP', 'coco/segm_mAP')
 # Tag, title, colour map and its lower end.
 HEATMAPS = (
     ('condensation', 'condensation score of the last batch', 'viridis', -0.2),
+    ('condensation_threshold', 'threshold of the score', 'viridis', -0.2),
     ('condensed_share', 'share of batches with a closed gate', 'magma', 0.0),
 )
 
@@ -43,24 +44,27 @@ def read_scalars(work_dir: Path) -> dict[int, dict[str, float]]:
 def plot_training(work_dir: Path, out: Path) -> None:
     """Draw the picture of a run, from the scalars in its work folder, to an image file."""
     steps = read_scalars(work_dir)
+    prefixes = tuple(f'{name}/' for name, *_ in HEATMAPS)
     layers = list(
         dict.fromkeys(
             tag.split('/', 1)[1]
             for scalars in steps.values()
             for tag in scalars
-            if tag.startswith(('condensation/', 'condensed_share/'))
-            and not tag.endswith(('/mean', '/max'))
+            if tag.startswith(prefixes) and not tag.endswith(('/mean', '/max'))
         )
     )
     height = max(7.0, 1.5 + 0.17 * len(layers))
-    figure = plt.figure(figsize=(17, height), layout='constrained')
-    grid = figure.add_gridspec(3, 3, width_ratios=(1, 1.25, 1))
+    figure = plt.figure(figsize=(21, height), layout='constrained')
+    grid = figure.add_gridspec(3, 4, width_ratios=(1, 1.25, 1, 1))
     _plot_curves(figure.add_subplot(grid[0, 0]), steps, ('loss',), 'training loss')
     _plot_curves(figure.add_subplot(grid[1, 0]), steps, METRICS, 'COCO mAP on held-out images')
     _plot_curves(
         figure.add_subplot(grid[2, 0]),
         steps,
-        ('condensation/mean', 'condensation/max', 'condensed_share/mean'),
+        (
+            *('condensation/mean', 'condensation/max'),
+            *('condensation_threshold/mean', 'condensed_share/mean'),
+        ),
         'over all layers',
     )
     for column, (tag, title, colours, low) in enumerate(HEATMAPS, start=1):

@@ -117,6 +117,9 @@ class Recorder(Hook):
         self.states[runner.iter + 1] = {
             name: dict(
                 score=layer.condensation.item(),
+                threshold=layer.condensation_threshold,
+                mean=layer.condensation_mean.item(),
+                var=layer.condensation_var.item(),
                 open=layer.num_batches_tracked.item(),
                 closed=layer.num_batches_condensed.item(),
             )
@@ -284,8 +287,12 @@ def expected_scalars(states, steps):
             closed = now[name]['closed'] - before[name]['closed']
             total = closed + now[name]['open'] - before[name]['open']
             scalars[f'condensation/{name}'] = now[name]['score']
+            threshold = now[name]['threshold']
+            if threshold == 'auto':
+                threshold = now[name]['mean'] + 3 * now[name]['var'] ** 0.5 + 0.03
+            scalars[f'condensation_threshold/{name}'] = threshold
             scalars[f'condensed_share/{name}'] = closed / total
-        for tag in ('condensation', 'condensed_share'):
+        for tag in ('condensation', 'condensation_threshold', 'condensed_share'):
             values = [scalars[f'{tag}/{name}'] for name in LAYERS]
             scalars[f'{tag}/mean'] = sum(values) / 2
             scalars[f'{tag}/max'] = max(values)
@@ -293,6 +300,7 @@ def expected_scalars(states, steps):
     return expected
 
 
+@pytest.mark.parametrize('other', [0.9, 'auto'])
 @pytest.mark.parametrize(
     'hook, length, steps',
     [
@@ -303,8 +311,8 @@ def expected_scalars(states, steps):
         (dict(), dict(max_epochs=2), [4, 10]),
     ],
 )
-def test_scalars_at_the_log_interval(tmp_path, hook, length, steps):
-    model = block(UNDECIDED, dict(type='UBN', condensation_threshold=0.9))
+def test_scalars_at_the_log_interval(tmp_path, hook, length, steps, other):
+    model = block(UNDECIDED, dict(type='UBN', condensation_threshold=other))
     config = make_config(tmp_path, model, dict(type='CondensationHook', **hook), **length)
     runner = train(config)
     states = runner.recorder.states
@@ -364,7 +372,8 @@ def test_share_does_not_count_batches_of_an_earlier_run(tmp_path):
         )
     )
     first = train(make_config(tmp_path, block(norm), max_iters=6, **settings))
-    assert first.recorder.states[6][LAYERS[0]] | dict(score=0) == dict(score=0, open=3, closed=3)
+    counts = first.recorder.states[6][LAYERS[0]]
+    assert (counts['open'], counts['closed']) == (3, 3)
     config = make_config(tmp_path / 'second', block(norm), max_iters=10, **settings)
     config.update(resume=True, load_from=str(tmp_path / 'iter_6.pth'))
     second = train(config)
@@ -437,7 +446,7 @@ def test_layers_without_running_statistics_are_not_followed(tmp_path):
     runner = train(make_config(tmp_path, model, max_iters=4))
     assert set(read_scalars(runner)[4]) == {
         f'{tag}/{name}'
-        for tag in ('condensation', 'condensed_share')
+        for tag in ('condensation', 'condensation_threshold', 'condensed_share')
         for name in (LAYERS[1], 'mean', 'max')
     }
 
@@ -764,6 +773,83 @@ def test_starvation_of_an_earlier_run_does_not_warn(tmp_path):
     runner.model.backbone.norms[0].num_batches_readmitted.fill_(3)
     runner.train()
     assert warnings(runner) == []
+
+
+class Stream(Dataset):
+    """Images of batches of four: random ones, in ``condensed`` batches one image with noise."""
+
+    metainfo = {}
+
+    def __init__(self, condensed, num_batches=150):
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(4 * num_batches, 3, 8, 8, generator=generator)
+        common = torch.randn(num_batches, 3, 8, 8, generator=generator).repeat_interleave(4, 0)
+        is_condensed = torch.tensor([i in condensed for i in range(num_batches)])
+        share = 0.9 * is_condensed.repeat_interleave(4).view(-1, 1, 1, 1)
+        self.images = share * common + (1 - share) * noise
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return dict(inputs=self.images[index])
+
+
+def train_on_stream(work_dir, condensed, *norms, interval=10):
+    config = make_config(work_dir, block(*norms), max_iters=150)
+    config.default_hooks.logger.interval = interval
+    config.train_dataloader.dataset = dict(type=Stream, condensed=condensed)
+    return train(config)
+
+
+FOLLOWING = dict(type='UBN', condensation_threshold='auto', warmup=20)
+
+
+@pytest.mark.parametrize('interval', [10, 50])
+@pytest.mark.parametrize(
+    'condensed, since', [(range(82, 92), 80), (range(55, 150, 15), 50)], ids=['tail', 'some']
+)
+def test_condensed_data_are_named_once(tmp_path, condensed, since, interval):
+    runner = train_on_stream(
+        tmp_path, condensed, FOLLOWING, FOLLOWING, dict(type='UBN'), interval=interval
+    )
+    (warning,) = warnings(runner)
+    expected = since // interval * interval
+    assert f'look condensed since iteration {expected}:' in warning
+    assert 'of backbone.norms.0, backbone.norms.1. Look at the data loader' in warning
+    for word in ('order', 'shuffle=True', 'repeated', 'frames'):
+        assert word in warning
+
+
+@pytest.mark.parametrize('condensed', [(), range(60, 64)], ids=['none', 'four in a row'])
+def test_ordinary_data_are_not_named(tmp_path, condensed):
+    runner = train_on_stream(tmp_path, condensed, FOLLOWING, FOLLOWING)
+    closed = [m.num_batches_condensed.item() for m in runner.model.backbone.norms]
+    assert all(len(condensed) <= n < 5 for n in closed)
+    assert warnings(runner) == []
+
+
+def test_gates_of_few_layers_do_not_name_the_data(tmp_path):
+    # Of four followed layers one has to close; the fifth is not asked.
+    strict = FOLLOWING | dict(condensation_z=0, condensation_margin=0)
+    relaxed = FOLLOWING | dict(condensation_margin=2)
+    for number, is_named in ((3, True), (4, False)):
+        norms = [strict, *[relaxed] * number, dict(type='UBN', condensation_threshold=-1)]
+        runner = train_on_stream(tmp_path / str(number), (), *norms)
+        assert runner.model.backbone.norms[0].num_batches_condensed > 20
+        named = [w for w in warnings(runner) if 'look condensed' in w]
+        assert len(named) == is_named
+        assert all('of backbone.norms.0. Look' in warning for warning in named)
+
+
+def test_a_lasting_change_of_the_data_is_said_to_be_followed(tmp_path):
+    runner = train_on_stream(tmp_path, range(60, 150), FOLLOWING | dict(patience=20))
+    data, change = warnings(runner)
+    assert 'look condensed since iteration 60' in data
+    assert 'closed 20 batches in a row, so that the change of the data' in change
+    assert 'in backbone.norms.0. If it is none, raise patience' in change
+    (layer,) = runner.model.backbone.norms
+    assert layer.num_batches_condensed == 20 and 1 <= layer.num_batches_readmitted <= 3
 
 
 @pytest.mark.parametrize('interval', [None, 50])

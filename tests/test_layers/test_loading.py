@@ -16,8 +16,8 @@ from ubn_det.layers import loading
 
 RECTIFIERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
 GATE = (
-    *('condensation', 'num_batches_condensed'),
-    *('num_batches_readmitted', 'consecutive_condensed'),
+    *('condensation', 'condensation_mean', 'condensation_var', 'num_batches_condensed'),
+    *('num_batches_readmitted', 'consecutive_condensed', 'num_batches_scored'),
 )
 BN = ('weight', 'bias', 'running_mean', 'running_var')
 EXACT = dict(rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_ubn_without_rectifiers_is_no_bn():
     check_unmoved(layer, {**plain.state_dict(), **{name: before[name] for name in RECTIFIERS}})
 
 
-@pytest.mark.parametrize('missing', [GATE, GATE[:1], GATE[2:]], ids=str)
+@pytest.mark.parametrize('missing', [GATE, GATE[:1], GATE[3:], (*GATE[1:3], GATE[-1])], ids=str)
 @pytest.mark.parametrize('kwargs', [{}, dict(centering=False, scaling=False, affine_kernel=1)])
 def test_ubn_with_fewer_buffers_of_the_gate_starts_them_anew(missing, kwargs):
     layer, source = trained(**kwargs), trained(**kwargs)

@@ -27,6 +27,7 @@ COUNTERS = (
     'num_batches_condensed',
     'num_batches_readmitted',
     'consecutive_condensed',
+    'num_batches_scored',
 )
 
 # Types of the layer and of its input, and the number of cases of each.
@@ -423,7 +424,7 @@ def check_buffers(case, buffers, norm, bounds):
         assert buffer.isfinite().all(), name
         if name in COUNTERS:
             assert buffer == expected, name
-        elif name == 'condensation':
+        elif name.startswith('condensation'):
             assert_within(buffer, expected, torch.tensor(SCORE[accumulate_type(case)]), name)
         else:
             assert_within(buffer, expected, bounds[name], name)

@@ -730,7 +730,11 @@ def test_a_single_value_cannot_normalize_itself(shape, config, track, training):
         *[('momentum', v, ValueError) for v in (-0.1, 1.1, float('nan'))],
         *[('momentum', v, TypeError) for v in ('0.1', True)],
         *[('condensation_threshold', v, ValueError) for v in (-1.01, 1.01, float('nan'), 60)],
-        *[('condensation_threshold', v, TypeError) for v in ('0.5', False)],
+        *[('condensation_threshold', v, TypeError) for v in ('0.5', 'Auto', False)],
+        *[('condensation_z', v, ValueError) for v in (-1, float('nan'), float('inf'))],
+        *[('condensation_z', v, TypeError) for v in ('3', None, True)],
+        *[('condensation_margin', v, ValueError) for v in (-0.01, 2.1, float('nan'))],
+        *[('condensation_margin', v, TypeError) for v in ('0', None, False)],
         *[('on_condensed', v, ValueError) for v in ('running', '', True, 'Freeze')],
         *[('warmup', v, ValueError) for v in (-1,)],
         *[('warmup', v, TypeError) for v in (1.5, None, True, '3')],
@@ -750,6 +754,12 @@ def test_bad_arguments(name, value, error):
         UBN(**{'num_features': 4, name: value})
 
 
+def test_a_threshold_from_the_scores_needs_a_warmup():
+    for warmup in (0, 1):
+        with pytest.raises(ValueError, match="warmup=.*'auto'.*Set warmup=2"):
+            UBN(4, condensation_threshold='auto', warmup=warmup)
+
+
 def test_a_neighbourhood_needs_affine():
     with pytest.raises(ValueError, match='affine_kernel.*affine=True'):
         UBN(4, affine=False, affine_kernel=3)
@@ -761,6 +771,8 @@ def test_arguments_at_their_limits():
         dict(num_features=np.int64(3), eps=np.float32(1e-5), momentum=np.float64(0.5)),
         dict(num_features=2, momentum=1, condensation_threshold=1, patience=1, affine_kernel=7),
         dict(num_features=2, momentum=None, condensation_threshold=None),
+        dict(num_features=2, condensation_threshold='auto', warmup=2, condensation_z=0),
+        dict(num_features=2, condensation_threshold=np.str_('auto'), condensation_margin=2),
     ):
         UBN(**kwargs)(torch.randn(3, int(kwargs['num_features']), 4, 4))
 
@@ -813,6 +825,9 @@ def trained(shape=(3, 4, 5, 6), **kwargs):
         # Two samples that differ, then three closed batches, of which the third is let through.
         x = torch.randn(2, 1, *shape[2:]).double().expand(2, *shape[1:])
         layer(x if i < 2 else x[:1].expand(2, *shape[1:]))
+    # Those of another threshold.
+    for name in ('condensation_mean', 'condensation_var', 'num_batches_scored'):
+        getattr(layer, name).fill_(3)
     return layer
 
 
@@ -822,7 +837,8 @@ def test_state_dict_round_trip():
     assert list(state) == [
         *('weight', 'bias', 'center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'),
         *('running_mean', 'running_var', 'num_batches_tracked', 'condensation'),
-        *('num_batches_condensed', 'num_batches_readmitted', 'consecutive_condensed'),
+        *('condensation_mean', 'condensation_var', 'num_batches_condensed'),
+        *('num_batches_readmitted', 'consecutive_condensed', 'num_batches_scored'),
     ]
     assert all(bool((t != 0).any()) for t in state.values())
     other = UBN2d(4, eps=EPS, affine_kernel=3, dtype=torch.float64)
@@ -849,6 +865,7 @@ def test_what_is_off_is_none(affine, track, option):
     for name in (
         *('running_mean', 'running_var', 'num_batches_tracked', 'condensation'),
         *('num_batches_condensed', 'num_batches_readmitted', 'consecutive_condensed'),
+        *('condensation_mean', 'condensation_var', 'num_batches_scored'),
     ):
         expected[name] = track
     for name, there in expected.items():
@@ -873,6 +890,7 @@ def test_types_of_parameters_and_buffers():
         UBN1d(8, affine=False, track_running_stats=False, condensation_threshold=None),
         UBN2d(3, 1e-3, None, warmup=7, patience=5, centering=False),
         UBN3d(3, scaling=False, affine_kernel=3, condensation_threshold=0.25, momentum=0.5),
+        UBN(3, condensation_threshold='auto', condensation_z=2.5, condensation_margin=0.1),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -929,8 +947,8 @@ def test_loading_bn_makes_bn(change, load, new, kwargs):
         parameter = getattr(layer, name)
         assert parameter is None or not parameter.any(), name
     for name in (
-        *('condensation', 'num_batches_condensed'),
-        *('num_batches_readmitted', 'consecutive_condensed'),
+        *('condensation', 'condensation_mean', 'condensation_var', 'num_batches_condensed'),
+        *('num_batches_readmitted', 'consecutive_condensed', 'num_batches_scored'),
     ):
         assert getattr(layer, name) == 0, name
     if change is not of_an_old_torch:

@@ -1,6 +1,7 @@
 """Tests of the gate's rule, in operators and in C++, against its text in plain Python."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -11,7 +12,8 @@ from reference import GateReference
 from ubn_det.ops import Buffers, Rule, dispatch, gate
 
 C = 3
-COUNTERS = Buffers._fields[2:3] + Buffers._fields[4:]
+COUNTERS = tuple(name for name in Buffers._fields if name.startswith(('num_', 'consecutive_')))
+SCORES = ('condensation', 'condensation_mean', 'condensation_var')
 
 
 def update_by_kernels(buffers, summary, rule):
@@ -26,10 +28,12 @@ updates = pytest.mark.parametrize(
 types = pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 
 
-def make_buffers(dtype=torch.float64):
-    counters = [torch.zeros((), dtype=torch.long) for _ in range(3)]
-    tracked, score = torch.zeros((), dtype=torch.long), torch.full((), 0.25)
-    return Buffers(torch.randn(C).to(dtype), torch.rand(C).to(dtype), tracked, score, *counters)
+def make_buffers(dtype=torch.float64, kept_in=torch.float32):
+    buffers = {name: torch.zeros((), dtype=torch.long) for name in COUNTERS}
+    values = zip(SCORES, (0.25, 0.25, 0.01), strict=True)
+    buffers.update({name: torch.tensor(value, dtype=kept_in) for name, value in values})
+    statistics = dict(running_mean=torch.randn(C), running_var=torch.rand(C))
+    return Buffers(**buffers, **{name: t.to(dtype) for name, t in statistics.items()})
 
 
 def clone(buffers):
@@ -49,11 +53,13 @@ def make_summary(count=12.0, score=0.0, num_pairs=2.0, bad=None, dtype=torch.flo
 
 def reference_of(buffers, rule):
     """Return the rule in plain Python, as far as the buffers have come."""
-    momentum, threshold, warmup, patience = rule
-    norm = GateReference(C, momentum, threshold, warmup, patience, buffers.condensation.item())
+    momentum, threshold, warmup, patience, z, _ = rule
+    norm = GateReference(C, momentum, threshold, warmup, patience)
+    if z is not None:
+        norm.threshold, norm.z, norm.margin = 'auto', z, threshold
     norm.running_mean = buffers.running_mean.double()
     norm.running_var = buffers.running_var.double()
-    for name in COUNTERS:
+    for name in COUNTERS + SCORES:
         setattr(norm, name, getattr(buffers, name).item())
     return norm
 
@@ -77,8 +83,9 @@ def check(buffers, norm, dtype):
     close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
     for name in ('running_mean', 'running_var'):
         torch.testing.assert_close(getattr(buffers, name).double(), getattr(norm, name), **close)
-    score = torch.tensor(norm.condensation)
-    torch.testing.assert_close(buffers.condensation.float(), score, rtol=1e-6, atol=1e-6)
+    for name in SCORES:
+        expected = torch.tensor(getattr(norm, name))
+        torch.testing.assert_close(getattr(buffers, name).float(), expected, rtol=2e-5, atol=1e-6)
 
 
 NAN, INF = float('nan'), float('inf')
@@ -88,9 +95,13 @@ SUMMARIES = [
     # One sample; a single value over all ranks; nothing at all.
     *(dict(num_pairs=0.0), dict(count=1.0, num_pairs=0.0), dict(count=0.0, num_pairs=0.0)),
 ]
-RULES = list(itertools.starmap(Rule, itertools.product([0.1, None], [0.5, None], [5], [3])))
-# Tracked batches and closed ones in a row.
-HISTORIES = [(0, 0), (4, 3), (5, 0), (5, 2), (5, 3)]
+RULES = [
+    *itertools.starmap(Rule, itertools.product([0.1, None], [0.5, None], [5], [3])),
+    # Mean 0.25 and deviation 0.1 at first: over 0.55.
+    *(Rule(momentum, 0.1, 5, 3, z=2.0) for momentum in (0.1, None)),
+]
+# Tracked batches, closed ones in a row, and batches behind the moments of the score.
+HISTORIES = [(0, 0, 0), (4, 3, 5), (5, 0, 4), (5, 3, 4), (5, 0, 5), (5, 2, 5), (5, 3, 50)]
 
 
 @updates
@@ -101,11 +112,15 @@ def test_every_branch(update, dtype):
         buffers = make_buffers(dtype)
         buffers.num_batches_tracked.fill_(history[0])
         buffers.consecutive_condensed.fill_(history[1])
+        buffers.num_batches_scored.fill_(history[2])
         before, norm = clone(buffers), reference_of(buffers, rule)
         summary = make_summary(**case, dtype=dtype)
         opened = step(norm, summary)
         update(buffers, summary, rule)
         check(buffers, norm, dtype)
+        if rule.z is None or not opened or math.isnan(case.get('score', NAN)):
+            for name in ('condensation_mean', 'condensation_var', 'num_batches_scored'):
+                assert torch.equal(getattr(buffers, name), getattr(before, name)), name
         for name in ('running_mean', 'running_var'):
             is_same = torch.equal(getattr(buffers, name), getattr(before, name))
             # To the bit, also where there is a NaN.
@@ -135,22 +150,25 @@ def test_a_random_course_of_batches(update, dtype, momentum):
 
 @updates
 @pytest.mark.parametrize('kept_in', [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_buffers_of_a_layer_that_was_cast(update, kept_in):
+@pytest.mark.parametrize('rule', [Rule(0.1, 0.5, 0, 3), Rule(0.1, 0.1, 0, 3, z=2.0)], ids=str)
+def test_buffers_of_a_layer_that_was_cast(update, kept_in, rule):
     # As layer.half() and layer.double() leave them: all that is a floating point number is cast.
-    buffers = make_buffers(kept_in)._replace(condensation=torch.tensor(0.25, dtype=kept_in))
-    norm = reference_of(buffers, Rule(0.1, 0.5, 0, 3))
+    buffers = make_buffers(kept_in, kept_in)
+    buffers.num_batches_scored.fill_(2)
+    norm = reference_of(buffers, rule)
     for score in (0.2, 0.9, 0.3):
         summary = make_summary(score=score, dtype=torch.float32)
         before = clone(buffers)
         opened = step(norm, summary)
-        update(buffers, summary, Rule(0.1, 0.5, 0, 3))
+        update(buffers, summary, rule)
         assert opened == (not torch.equal(buffers.running_mean, before.running_mean))
         # Each step is rounded to what is kept: half a unit of values up to 4.
         close = dict(rtol=0, atol=max(4 * torch.finfo(kept_in).eps, 1e-6))
-        for name in ('running_mean', 'running_var', 'condensation'):
+        for name in ('running_mean', 'running_var', *SCORES):
             expected = torch.as_tensor(getattr(norm, name)).double()
             torch.testing.assert_close(getattr(buffers, name).double(), expected, **close)
-        assert {b.dtype for b in (*buffers[:2], buffers.condensation)} == {kept_in}
+        assert {b.dtype for b in buffers} == {kept_in, torch.long}
+    assert norm.num_batches_condensed == 1
 
 
 @updates

@@ -7,7 +7,7 @@ from kernels import needs_kernels
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ubn_det.ops import Parameters, operators, train
+from ubn_det.ops import Parameters, Rule, operators, train
 
 pytestmark = needs_kernels
 
@@ -45,11 +45,13 @@ def calls(names, dtype=torch.float64, memory_format=torch.contiguous_format):
     for kept, number, has_input_gradient in ((m, count, True), (None, None, False)):
         rest = (kept, mean, var, number, parameters, EPS, GAIN, has_input_gradient, None)
         yield ops.backward.default, (torch.randn_like(x), x, *rest)
-    counters = [torch.zeros((), dtype=torch.long) for _ in range(3)]
-    score = torch.zeros(())
-    buffers = [mean.clone(), var.clone(), torch.tensor(9), score, *counters]
+    counters = [torch.zeros((), dtype=torch.long) for _ in range(4)]
+    scores = [torch.zeros(()) for _ in range(3)]
+    buffers = [mean.clone(), var.clone(), torch.tensor(9), scores.pop(), *counters[:3]]
+    buffers += [*scores, counters[3]]
     summary = torch.cat([mean, var, torch.tensor([90.0, 1, 6], **options)])
-    yield ops.update.default, (buffers, summary, 0.1, 0.5, 0, 3)
+    for rule in (Rule(0.1, 0.5, 0, 3), Rule(0.1, 0.5, 0, 3, z=3.0)):
+        yield ops.update.default, ([b.clone() for b in buffers], summary, *rule)
 
 
 @names

@@ -15,10 +15,13 @@ if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
     reason = 'no accelerator; test_triton_launches.py runs these in the interpreter'
     pytest.skip(reason, allow_module_level=True)
 
+import fuzzing
 import reference
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import GAIN, GateReference
 
-from ubn_det.ops import triton_kernels
+from ubn_det.ops import Buffers, Rule, triton_kernels
 
 EPS = 1e-5
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -395,22 +398,23 @@ def test_other_layouts_are_refused():
 # The gate
 # ------------------------------------------------------------------------------------------------
 
-BUFFERS = (
-    'running_mean',
-    'running_var',
-    'num_batches_tracked',
-    'condensation',
-    'num_batches_condensed',
-    'num_batches_readmitted',
-    'consecutive_condensed',
-)
+BUFFERS = Buffers._fields
 
 
-def buffers_of(gate, dtype=torch.float32):
-    """What the kernel moves, as a gate has it."""
+def buffers_of(gate, dtype=torch.float32, kept_in=torch.float32):
+    """What the kernel moves, as a gate has it; the moments of its score in ``kept_in``."""
     values = [torch.as_tensor(getattr(gate, name)) for name in BUFFERS]
-    kinds = [dtype, dtype, torch.int64, torch.float32, *[torch.int64] * 3]
+    counts = [torch.int64] * 3
+    kinds = [dtype, dtype, torch.int64, kept_in, *counts, kept_in, kept_in, torch.int64]
     return tuple(v.to(DEVICE, kind) for v, kind in zip(values, kinds, strict=True))
+
+
+def rule_of(gate):
+    """The rule of a gate, as the kernel takes it."""
+    rule = Rule(gate.momentum, gate.threshold, gate.warmup, gate.patience)
+    if gate.threshold == 'auto':
+        rule = rule._replace(condensation_threshold=gate.margin, z=gate.z)
+    return rule
 
 
 def summary_of(mean, var, count, score=None, num_pairs=2):
@@ -431,7 +435,10 @@ GATES = {
     'no threshold': dict(threshold=None),
     'mean of all batches': dict(threshold=0.5, momentum=None, warmup=0, patience=3),
     'negative threshold': dict(threshold=-0.2, momentum=0.01, warmup=1, patience=2),
+    'auto': dict(threshold='auto', warmup=2, patience=3, z=1.0, margin=0.1),
+    'auto, mean of all batches': dict(threshold='auto', momentum=None, warmup=2, patience=3),
 }
+NAN = float('nan')
 # None: the score is not defined.
 SCORES = [0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, None, 0.2, float('nan'), 0.7, 1.5, -1.5, 0.6, 0.3]
 
@@ -452,10 +459,7 @@ def test_update(rule, num_channels):
         triton_kernels.update(
             buffers,
             summary_of(mean, var, 40, score),
-            gate.momentum,
-            gate.threshold,
-            gate.warmup,
-            gate.patience,
+            *rule_of(gate),
         )
         check_gate(buffers, gate)
         if not is_open:
@@ -463,16 +467,59 @@ def test_update(rule, num_channels):
     assert gate.num_batches_condensed > 1
 
 
+def test_update_by_random_scores(request):
+    seen = set()
+
+    @fuzzing.cases(request, 80)
+    @given(
+        scores=st.lists(
+            st.none() | st.floats(0.1, 0.3) | st.floats(-1, 1) | st.sampled_from([0.9, 0.9, 0.8, NAN]),
+            min_size=10,
+            max_size=20,
+        ),
+        broken=st.sets(st.integers(0, 40)),
+        momentum=st.sampled_from([0.1, None]),
+        patience=st.integers(1, 4),
+        z=st.sampled_from([0.0, 1.0, 3.0]),
+        # Scores weigh the same from the twentieth on.
+        scored=st.sampled_from([0, 15, 30]),
+    )
+    def compare(scores, broken, momentum, patience, z, scored):
+        gate = GateReference(3, momentum, 'auto', 4, patience, z=z)
+        if scored:
+            gate.condensation_mean, gate.condensation_var = 0.25, 0.0625
+            gate.num_batches_tracked = gate.num_batches_scored = scored
+        buffers = buffers_of(gate)
+        for i, score in enumerate(scores):
+            mean, var = torch.randn(3).double(), torch.rand(3).double()
+            if i in broken:
+                mean[1] = NAN
+            limit = gate.limit
+            gate.step(mean, var, 40, score)
+            if score is not None and abs(score - limit) < 1e-4:
+                # Rounding may decide it.
+                return
+            triton_kernels.update(buffers, summary_of(mean, var, 40, score), *rule_of(gate))
+            check_gate(buffers, gate, 1e-5)
+        seen.add((gate.num_batches_condensed > 0, gate.num_batches_readmitted > 0))
+
+    compare()
+    assert (True, True) in seen
+
+
 @pytest.mark.parametrize(
     'dtype, rounding', [(torch.float64, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
 )
-def test_update_of_other_types(dtype, rounding):
-    gate = GateReference(3)
-    buffers = buffers_of(gate, dtype)
+@pytest.mark.parametrize('threshold', [0.6, 'auto'])
+def test_update_of_other_types(dtype, rounding, threshold):
+    gate = GateReference(3, threshold=threshold)
+    gate.condensation_mean, gate.condensation_var, gate.num_batches_scored = 0.125, 0.0625, 2
+    buffers = buffers_of(gate, dtype, dtype)
+    kinds = [buffer.dtype for buffer in buffers]
     mean, var = torch.randn(3).double(), torch.rand(3).double()
     gate.step(mean, var, 40, 0.2)
-    triton_kernels.update(buffers, summary_of(mean, var, 40, 0.2), 0.1, 0.6, 50, 100)
-    assert buffers[0].dtype == dtype
+    triton_kernels.update(buffers, summary_of(mean, var, 40, 0.2), *rule_of(gate))
+    assert [buffer.dtype for buffer in buffers] == kinds
     check_gate(buffers, gate, rounding)
 
 
@@ -481,7 +528,7 @@ def test_update_by_nothing_changes_nothing():
     gate.consecutive_condensed = 2
     buffers = buffers_of(gate)
     summary = torch.zeros(9, device=DEVICE)
-    triton_kernels.update(buffers, summary, 0.1, 0.6, 0, 1)
+    triton_kernels.update(buffers, summary, *Rule(0.1, 0.6, 0, 1))
     check_gate(buffers, gate, 0)
 
 
@@ -489,7 +536,7 @@ def test_update_by_one_value_closes_the_gate():
     gate = GateReference(3)
     buffers = buffers_of(gate)
     summary = summary_of(torch.randn(3), torch.zeros(3), 1)
-    triton_kernels.update(buffers, summary, 0.1, None, 0, 100)
+    triton_kernels.update(buffers, summary, *Rule(0.1, None, 0, 100))
     gate.num_batches_condensed = gate.consecutive_condensed = 1
     check_gate(buffers, gate, 0)
 
@@ -510,7 +557,7 @@ def test_results_are_the_same_in_a_graph(dtype, layout, num):
 
     def step():
         done = run_training(x, dy, params)
-        triton_kernels.update(buffers, done['summary'], 0.1, 0.6, 50, 100)
+        triton_kernels.update(buffers, done['summary'], *Rule(0.1, 0.6, 50, 100))
         return done
 
     expected = step()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 # Which imports triton.
 kernel_resources = pytest.importorskip('kernel_resources')
-triton_kernels = kernel_resources.triton_kernels
+triton_kernels, Rule = kernel_resources.triton_kernels, kernel_resources.Rule
 LAYOUTS = kernel_resources.LAYOUTS
 layouts = pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
 
@@ -54,12 +54,12 @@ def random_map(shape, layout):
 def test_at_most_four_launches_each_way(shape, is_scored, layout):
     x, channels, parameters, *given = random_map(shape, layout)
     share = counter = x.new_empty(())
-    buffers = (channels, channels, *[counter] * 5)
+    buffers = (channels, channels, *[counter] * 8)
     statistics = (channels, channels, parameters)
     with kernel_resources.recorded() as forward:
         m, summary = triton_kernels.moments(x, channels, 10.0, is_scored)
         triton_kernels.normalize(x, m, *statistics, *given)
-        triton_kernels.update(buffers, summary, 0.1, 0.6, 50, 100)
+        triton_kernels.update(buffers, summary, *Rule(0.1, 0.03, 50, 100, z=3.0))
     assert names(forward) == ['moments', 'summary', 'normalize', 'update']
     for mean in (m, None):
         with kernel_resources.recorded() as backward:

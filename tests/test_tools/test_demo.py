@@ -66,7 +66,10 @@ def test_plot_shows_the_scalars_of_a_resumed_run(tmp_path, monkeypatch):
     plot = load_tool('plot_training', monkeypatch)
     runs = {
         '20260101_000000': [
-            {'loss': 2.0, 'step': 1, 'condensation/a': 0.1, 'condensation/mean': 0.1},
+            {
+                **{'loss': 2.0, 'step': 1, 'condensation/a': 0.1, 'condensation/mean': 0.1},
+                **{f'condensation_threshold/{name}': 0.3 for name in ('a', 'mean', 'max')},
+            },
             {'loss': 9.0, 'step': 2},
         ],
         '20260102_000000': [{'loss': 1.0, 'step': 2}, {'coco/bbox_mAP': 0.5, 'step': 2}],
@@ -92,7 +95,8 @@ def test_plot_of_a_run_without_a_threshold_has_the_shares(tmp_path, monkeypatch)
     drawn = []
     monkeypatch.setattr(plot, 'draw_heatmap', lambda axes, *args, **kwargs: drawn.append(args))
     plot.plot_training(tmp_path, tmp_path / 'out.png')
-    assert [args[:2] for args in drawn] == [({}, ['a']), ({5: {'a': 0.25}}, ['a'])]
+    nothing = ({}, ['a'])
+    assert [args[:2] for args in drawn] == [nothing, nothing, ({5: {'a': 0.25}}, ['a'])]
     monkeypatch.undo()
     plot.plot_training(tmp_path, tmp_path / 'out.png')
 

@@ -24,12 +24,13 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 EXTRA_PARAMETERS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
-GATE_BUFFERS = (
-    'condensation',
+GATE_COUNTERS = (
     'num_batches_condensed',
     'num_batches_readmitted',
     'consecutive_condensed',
+    'num_batches_scored',
 )
+GATE_BUFFERS = ('condensation', 'condensation_mean', 'condensation_var', *GATE_COUNTERS)
 # The first that only layers with the gain have.
 GAIN_VERSION = 3
 

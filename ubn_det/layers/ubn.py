@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ubn_det import ops
 from ubn_det.ops.dispatch import say_what_is_missing
 
-from .loading import EXTRA_PARAMETERS, GAIN_VERSION, GATE_BUFFERS, prepare
+from .loading import EXTRA_PARAMETERS, GAIN_VERSION, GATE_BUFFERS, GATE_COUNTERS, prepare
 
-COUNTERS = ('num_batches_tracked', *GATE_BUFFERS[1:])
+COUNTERS = ('num_batches_tracked', *GATE_COUNTERS)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # More would not fit a thousand channels into memory.
@@ -56,6 +56,12 @@ class UBN(_BatchNorm):
     ``momentum`` is None; after ``patience`` closed batches in a row one batch is let through
     whatever its score. The decision is made on the device, without a host synchronisation.
 
+    With 'auto' the threshold is the mean of this layer's scores + ``condensation_z`` deviations +
+    ``condensation_margin``; batches that are let through move both moments, closed ones neither.
+    They are averages over all batches at first, exponential ones of weight 0.05 later, and closing
+    waits for ``warmup`` of these batches too. After ``patience`` closed batches in a row all are
+    let through until the moments have followed the score, two batches or three.
+
     Special cases: BN without centering, scaling, threshold; RBN (Gao et al., CVPR 2021) with
     centering and scaling, its ``weight`` halved; BNET-k (Xu et al., arXiv 2011.14150) with
     ``affine_kernel=k`` alone. The threshold and its aim are those of Wang et al., arXiv
@@ -69,12 +75,16 @@ class UBN(_BatchNorm):
         affine (bool): Whether there are ``weight`` and ``bias``.
         track_running_stats (bool): Whether there are running statistics. Without them the batch
             always normalizes itself, in evaluation too, and there is no gate.
-        condensation_threshold (float, optional): In [-1, 1]; 1 keeps the score and closes no gate,
-            None turns the score off. Statistics that are not finite close the gate in any case.
+        condensation_threshold (float | str, optional): In [-1, 1], or 'auto'; 1 keeps the score
+            and closes no gate, None turns the score off. Statistics that are not finite close the
+            gate in any case.
+        condensation_z (float): Of 'auto': deviations of the layer's scores, >= 0.
+        condensation_margin (float): Of 'auto': in [0, 2]; keeps gates open where scores hardly
+            differ.
         on_condensed (str, optional): Deprecated, and without effect: 'freeze' is what every layer
             does now, 'running' was removed.
         warmup (int): Number of batches that move the running statistics before the score is looked
-            at, >= 0.
+            at, >= 0; of 'auto' >= 2.
         patience (int): Number of closed batches in a row after which one is let through, >= 1.
         centering (bool): Whether there is ``center_weight``.
         scaling (bool): Whether there are ``scale_weight`` and ``scale_bias``.
@@ -90,7 +100,11 @@ class UBN(_BatchNorm):
         num_batches_tracked (Tensor): Batches that moved the running statistics.
         num_batches_condensed (Tensor): Batches whose gate was closed.
         num_batches_readmitted (Tensor): Batches let through because of ``patience``.
-        consecutive_condensed (Tensor): Closed batches since the last open one.
+        consecutive_condensed (Tensor): Closed batches since the last open one; with 'auto' since
+            the last one whose score was not over the threshold.
+        condensation_mean (Tensor): With 'auto': mean of the scores.
+        condensation_var (Tensor): With 'auto': variance of the scores.
+        num_batches_scored (Tensor): With 'auto': batches that moved these two.
 
     Raises:
         TypeError: An argument or an input has the wrong type.
@@ -113,7 +127,9 @@ class UBN(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
-        condensation_threshold: float | None = None,
+        condensation_threshold: float | str | None = None,
+        condensation_z: float = 3.0,
+        condensation_margin: float = 0.03,
         on_condensed: str | None = None,
         warmup: int = 50,
         patience: int = 100,
@@ -130,10 +146,22 @@ class UBN(_BatchNorm):
             raise ValueError(f'eps must be positive, got {eps}')
         if momentum is not None:
             momentum = _number('momentum', momentum, 0, 1)
-        if condensation_threshold is not None:
+        if isinstance(condensation_threshold, str):
+            if condensation_threshold != 'auto':
+                raise TypeError(
+                    "condensation_threshold must be a number, 'auto' or None, got "
+                    f'{condensation_threshold!r}'
+                )
+            condensation_threshold = 'auto'
+        elif condensation_threshold is not None:
             condensation_threshold = _number(
                 'condensation_threshold', condensation_threshold, -1, 1
             )
+        # float32 has to hold it.
+        condensation_z = _number(
+            'condensation_z', condensation_z, 0, torch.finfo(torch.float32).max
+        )
+        condensation_margin = _number('condensation_margin', condensation_margin, 0, 2)
         if isinstance(on_condensed, str) and on_condensed == 'freeze':
             warnings.warn(
                 "on_condensed is deprecated: leave it out, every layer does what 'freeze' did",
@@ -147,6 +175,11 @@ class UBN(_BatchNorm):
                 'the argument out'
             )
         warmup = _integer('warmup', warmup, 0)
+        if condensation_threshold == 'auto' and warmup < 2:
+            raise ValueError(
+                f"warmup={warmup} is too short for condensation_threshold='auto': a deviation of "
+                'scores takes two batches at least. Set warmup=2 or more; 50 makes it steady'
+            )
         patience = _integer('patience', patience, 1)
         for name, value in dict(
             affine=affine,
@@ -172,6 +205,8 @@ class UBN(_BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         self.condensation_threshold = condensation_threshold
+        self.condensation_z = condensation_z
+        self.condensation_margin = condensation_margin
         self.warmup = warmup
         self.patience = patience
         self.centering = centering
@@ -197,7 +232,7 @@ class UBN(_BatchNorm):
         for name in GATE_BUFFERS:
             buffer = None
             if track_running_stats:
-                kind = torch.float32 if name == 'condensation' else torch.long
+                kind = torch.long if name in GATE_COUNTERS else torch.float32
                 buffer = torch.zeros((), device=device, dtype=kind)
             self.register_buffer(name, buffer)
         say_what_is_missing()
@@ -224,10 +259,29 @@ class UBN(_BatchNorm):
             input, parameters, self.eps, RECTIFIER_GAIN, is_scored, self._group_name()
         )
         if is_tracking:
-            buffers = ops.Buffers(*(getattr(self, name) for name in ops.Buffers._fields))
-            rule = (self.momentum, self.condensation_threshold, self.warmup, self.patience)
-            ops.update(buffers, summary, ops.Rule(*rule))
+            ops.update(self._buffers_of_gate(), summary, self._rule())
         return y
+
+    @torch.no_grad()
+    def threshold(self) -> Tensor | float | None:
+        """Return what the score of the next batch is held against, once warm-up is over.
+
+        Returns:
+            Tensor | float | None: A Tensor, on the layer's device, with 'auto'; None where there
+            is no threshold.
+        """
+        if self.condensation_threshold is None or self.running_mean is None:
+            return None
+        return ops.threshold(self._buffers_of_gate(), self._rule())
+
+    def _buffers_of_gate(self) -> ops.Buffers:
+        return ops.Buffers(*(getattr(self, name) for name in ops.Buffers._fields))
+
+    def _rule(self) -> ops.Rule:
+        threshold, z = self.condensation_threshold, None
+        if threshold == 'auto':
+            threshold, z = self.condensation_margin, self.condensation_z
+        return ops.Rule(self.momentum, threshold, self.warmup, self.patience, z)
 
     def _group_name(self) -> str | None:
         """Return the name of the process group that shares the statistics, '' for all ranks."""
@@ -315,7 +369,9 @@ class UBN(_BatchNorm):
         return (
             f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, '
             f'affine={self.affine}, track_running_stats={self.track_running_stats}, '
-            f'condensation_threshold={self.condensation_threshold}, '
+            f'condensation_threshold={self.condensation_threshold!r}, '
+            f'condensation_z={self.condensation_z}, '
+            f'condensation_margin={self.condensation_margin}, '
             f'warmup={self.warmup}, patience={self.patience}, '
             f'centering={self.centering}, scaling={self.scaling}, '
             f'affine_kernel={self.affine_kernel}'

@@ -1,6 +1,6 @@
 """Tier 1: tensors in, tensors out."""
 
-from .gate import Buffers, Rule
+from .gate import Buffers, Rule, threshold
 from .reference import Parameters, condensation_score
 from .unified_batch_norm import describe, evaluate, train, update
 
@@ -11,6 +11,7 @@ __all__ = [
     'condensation_score',
     'describe',
     'evaluate',
+    'threshold',
     'train',
     'update',
 ]

@@ -161,11 +161,13 @@ def _update(
     condensation_threshold: float | None,
     warmup: int,
     patience: int,
+    z: float | None,
+    weight: float,
 ) -> None:
     if checkpointing.is_second_run():
         # Counted before.
         return
-    rule = Rule(momentum, condensation_threshold, warmup, patience)
+    rule = Rule(momentum, condensation_threshold, warmup, patience, z, weight)
     kernels = dispatch.kernels_of(summary)
     if kernels is None:
         gate.update(Buffers(*buffers), summary, rule)
@@ -200,7 +202,7 @@ _backward_operator = _define(
 )
 _update_operator = _define(
     'update(Tensor(a!)[] buffers, Tensor summary, float? momentum, '
-    'float? condensation_threshold, int warmup, int patience) -> ()',
+    'float? condensation_threshold, int warmup, int patience, float? z, float weight) -> ()',
     _update,
     lambda *_: None,
 )

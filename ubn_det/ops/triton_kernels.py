@@ -711,14 +711,20 @@ def _update_kernel(
     condensed_pointer,
     readmitted_pointer,
     consecutive_pointer,
+    score_mean,
+    score_var,
+    scored_pointer,
     summary,
     momentum,
     threshold,
+    z,
+    weight,
     C,
     num_warmup,
     patience,
     HAS_MOMENTUM: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
+    FOLLOWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Decide whether the gate is open, and move what a layer keeps; one program."""
@@ -735,6 +741,12 @@ def _update_kernel(
     condensed = tl.load(condensed_pointer)
     readmitted = tl.load(readmitted_pointer)
     consecutive = tl.load(consecutive_pointer)
+    if FOLLOWS:
+        scored = tl.load(scored_pointer)
+        mean_of_scores = tl.load(score_mean)
+        var_of_scores = tl.load(score_var)
+        wide = tl.float64 if score_mean.dtype.element_ty == tl.float64 else tl.float32
+        threshold += mean_of_scores.to(wide) + z * tl.sqrt(var_of_scores.to(wide))
     # All threads have read the counters before the first one writes them.
     tl.debug_barrier()
 
@@ -750,12 +762,28 @@ def _update_kernel(
         tl.store(condensation, tl.where(defined, score, tl.load(condensation)))
         if HAS_MOMENTUM:
             over = defined & (score > threshold) & (tracked >= num_warmup)
+            if FOLLOWS:
+                over = over & (scored >= num_warmup)
     starved = consecutive >= patience
     is_open = seen & finite & ((over == 0) | starved)
+    # Whether the row of closed batches ends with this one.
+    is_end = is_open
+    if FOLLOWS:
+        is_end = is_open & defined & (over == 0)
+        is_let_in = is_open & defined
+        scored += is_let_in.to(tl.int64)
+        tl.store(scored_pointer, scored)
+        share = tl.maximum(1 / tl.maximum(scored, 1).to(wide), weight)
+        distance = score - mean_of_scores.to(wide)
+        new_mean = mean_of_scores.to(wide) + share * distance
+        new_var = (1 - share) * (var_of_scores.to(wide) + share * distance * distance)
+        kind = mean_of_scores.dtype
+        tl.store(score_mean, tl.where(is_let_in, new_mean.to(kind), mean_of_scores))
+        tl.store(score_var, tl.where(is_let_in, new_var.to(kind), var_of_scores))
     is_closed = seen & (is_open == 0)
     tl.store(readmitted_pointer, readmitted + (is_open & over).to(tl.int64))
     tl.store(condensed_pointer, condensed + is_closed.to(tl.int64))
-    consecutive = tl.where(is_open, 0, consecutive + is_closed.to(tl.int64))
+    consecutive = tl.where(is_end, 0, consecutive + is_closed.to(tl.int64))
     tl.store(consecutive_pointer, consecutive)
     tracked += is_open.to(tl.int64)
     tl.store(tracked_pointer, tracked)
@@ -1864,6 +1892,8 @@ def update(
     threshold: float | None,
     warmup: int,
     patience: int,
+    z: float | None,
+    weight: float,
 ) -> None:
     """Let the gate decide, and move what a layer keeps, in place; 1 launch.
 
@@ -1873,12 +1903,16 @@ def update(
     Args:
         buffers (tuple[Tensor, ...]): running_mean, running_var, (C,) in any floating-point type;
             num_batches_tracked (int64), condensation (float32), num_batches_condensed,
-            num_batches_readmitted, consecutive_condensed (int64), 0-dim.
+            num_batches_readmitted, consecutive_condensed (int64), condensation_mean,
+            condensation_var (float32), num_batches_scored (int64), 0-dim.
         summary (Tensor): As :func:`moments` returns it, or that of several processes.
         momentum (float | None): How far the statistics move; None for the mean of all batches.
         threshold (float | None): Score over which a batch is condensed; None for no score.
         warmup (int): Batches tracked before the score is looked at.
         patience (int): Closed gates in a row after which one batch is let through.
+        z (float | None): Deviations over the mean score that the threshold is added to; None for
+            the threshold alone.
+        weight (float): Of a score in its moments, at least.
     """
     C = buffers[0].shape[0]
     with torch.cuda.device_of(summary):
@@ -1887,10 +1921,13 @@ def update(
             summary,
             momentum=0.0 if momentum is None else momentum,
             threshold=0.0 if threshold is None else threshold,
+            z=0.0 if z is None else z,
+            weight=weight,
             C=C,
             num_warmup=warmup,
             patience=patience,
             HAS_MOMENTUM=momentum is not None,
             HAS_THRESHOLD=threshold is not None,
+            FOLLOWS=threshold is not None and z is not None,
             CHANNELS=min(_power(C), 1024),
         )

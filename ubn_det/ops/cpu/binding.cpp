@@ -414,15 +414,17 @@ void move(Tensor& running, const A* values, double factor, double correction) {
 
 template <class A>
 void update_from(
-    std::array<Tensor, 7>& buffers,
+    std::array<Tensor, 10>& buffers,
     const A* summary,
     int64_t channels,
     std::optional<double> momentum,
     std::optional<double> threshold,
     int64_t warmup,
-    int64_t patience) {
-  auto& [running_mean, running_var, tracked, condensation, condensed, readmitted, consecutive] =
-      buffers;
+    int64_t patience,
+    std::optional<double> z,
+    double weight) {
+  auto& [running_mean, running_var, tracked, condensation, condensed, readmitted, consecutive,
+         score_mean, score_var, scored] = buffers;
   const auto count_of = [](Tensor& t) -> int64_t& { return *t.data_ptr<int64_t>(); };
   const double count = summary[2 * channels], pair_sum = summary[2 * channels + 1],
                num_pairs = summary[2 * channels + 2];
@@ -432,17 +434,33 @@ void update_from(
   double total = 0;
   for (int64_t i = 0; i < 2 * channels; ++i) total += summary[i];
   bool is_open = std::isfinite(total) && count > 1;
+  // Whether the row of closed batches ends with this one, if it is open.
+  bool is_end = !z.has_value();
   if (threshold.has_value() && num_pairs > 0) {
     // Rounding may lift the score of equal samples over 1.
     const double score = std::clamp(pair_sum / num_pairs, -1.0, 1.0);
     if (std::isfinite(score)) {
       // Of any type: a layer may be cast as a whole.
       condensation.fill_(score);
-      const bool is_over = momentum.has_value() && static_cast<float>(score) > *threshold &&
-          count_of(tracked) >= warmup;
+      bool is_over = momentum.has_value() && count_of(tracked) >= warmup;
+      double mean = 0, var = 0;
+      if (z.has_value()) {
+        mean = score_mean.item<double>();
+        var = score_var.item<double>();
+        is_over = is_over && count_of(scored) >= warmup &&
+            score > mean + *z * std::sqrt(var) + *threshold;
+        is_end = !is_over;
+      } else {
+        is_over = is_over && static_cast<float>(score) > *threshold;
+      }
       if (is_over && is_open) {
         is_open = count_of(consecutive) >= patience;
         count_of(readmitted) += is_open;
+      }
+      if (z.has_value() && is_open) {
+        const double share = std::max(1.0 / ++count_of(scored), weight), distance = score - mean;
+        score_mean.fill_(mean + share * distance);
+        score_var.fill_((1 - share) * (var + share * distance * distance));
       }
     }
   }
@@ -452,7 +470,7 @@ void update_from(
     return;
   }
   ++count_of(tracked);
-  count_of(consecutive) = 0;
+  if (is_end) count_of(consecutive) = 0;
   const double factor = momentum.value_or(1.0 / count_of(tracked));
   move(running_mean, summary, factor, 1);
   move(running_var, summary + channels, factor, count / (count - 1));
@@ -460,12 +478,14 @@ void update_from(
 
 // The gate, as gate.py has it in operators: decides, counts, and moves the running statistics.
 void update(
-    std::array<Tensor, 7> buffers,
+    std::array<Tensor, 10> buffers,
     const Tensor& summary,
     std::optional<double> momentum,
     std::optional<double> threshold,
     int64_t warmup,
-    int64_t patience) {
+    int64_t patience,
+    std::optional<double> z,
+    double weight) {
   const int64_t channels = buffers[0].numel();
   for (const Tensor& buffer : buffers)
     TORCH_CHECK(
@@ -474,7 +494,8 @@ void update(
         buffer.device(), ": move one of them");
   AT_DISPATCH_FLOATING_TYPES(summary.scalar_type(), "update", [&] {
     update_from(
-        buffers, summary.data_ptr<scalar_t>(), channels, momentum, threshold, warmup, patience);
+        buffers, summary.data_ptr<scalar_t>(), channels, momentum, threshold, warmup, patience, z,
+        weight);
   });
 }
 
