@@ -12,7 +12,11 @@ _SECOND_RUN = ('backward', 'recompute_fn')
 
 
 def is_second_run() -> bool:
-    """Whether a forward is run again in a backward pass, so that its batch was counted before."""
+    """Whether a forward is run again in a backward pass, so that its batch was counted before.
+
+    Seen where torch.utils.checkpoint runs it in a backward pass; not where what a checkpoint saved
+    is asked for without one, nor with checkpointing that is not torch's.
+    """
     if torch._C._current_graph_task_id() == -1:
         return False
     for frame in _calls():

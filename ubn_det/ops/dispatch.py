@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .reference import Parameters
 
@@ -15,6 +16,8 @@ from .reference import Parameters
 SWITCH = 'UBN_KERNELS'
 
 _SIZES = (1, 3, 5)
+# What the compiled kernels have to say of themselves: see binding.cpp.
+_CPU_INTERFACE = 2
 
 
 def has_kernels(x: Tensor, parameters: Parameters) -> bool:
@@ -22,7 +25,7 @@ def has_kernels(x: Tensor, parameters: Parameters) -> bool:
     # A graph that is traced has to run without this package, and a transform of torch.func may
     # want derivatives of any kind.
     is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if is_traced or torch._C._are_functorch_transforms_active():
+    if is_traced or torch._C._are_functorch_transforms_active() or _is_dual():
         return False
     neighbour_weight = parameters.neighbour_weight
     if neighbour_weight is not None and (
@@ -30,6 +33,11 @@ def has_kernels(x: Tensor, parameters: Parameters) -> bool:
     ):
         return False
     return kernels_of(x) is not None
+
+
+def _is_dual() -> bool:
+    """Whether forward mode differentiates what runs, with gradients enabled or not."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def kernels_of(x: Tensor) -> ModuleType | None:
@@ -44,9 +52,12 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     if os.environ.get(SWITCH) == '0':
         return None, f'{SWITCH}=0'
     try:
-        return importlib.import_module(f'{__package__}.{name}'), ''
+        module = importlib.import_module(f'{__package__}.{name}')
     except ImportError as error:
         return None, str(error)
+    if name == '_cpu' and getattr(module, 'INTERFACE', 1) != _CPU_INTERFACE:
+        return None, 'they were built from another version of ubn_det'
+    return module, ''
 
 
 # At import, since what torch.compile traces cannot load anything.

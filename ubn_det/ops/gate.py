@@ -70,9 +70,8 @@ def update(buffers: Buffers, summary: Tensor, rule: Rule) -> None:
     """
     mean, var = summary[:-3].chunk(2)
     count, pair_sum, num_pairs = summary[-3:].unbind()
-    # One sum instead of a test per value: a NaN or an infinity in any channel survives it. All
-    # ranks together may have no value, or a single one, which has no variance.
-    opened = torch.isfinite(mean.sum() + var.sum()) & (count > 1)
+    # All ranks together may have no value, or a single one, which has no variance.
+    opened = torch.isfinite(summary[:-3]).all() & (count > 1)
     # Whether the row of closed batches ends with this one, if it is open.
     is_end = torch.ones_like(opened)
     if rule.condensation_threshold is not None:

@@ -128,6 +128,8 @@ def _backward(
             *(dy, x, m, mean, var, parameters, sums, d_statistics, share, eps, gain)
         )
         gradients.insert(Parameters._fields.index('center_weight'), d_center_weight)
+        if not has_input_gradient:
+            dx = x.new_empty(0)
     return [dx, *(g for g in gradients if g is not None)]
 
 
@@ -224,7 +226,7 @@ class _Normalization(torch.autograd.Function):
             # Ranks that share the statistics wait for this one.
             dy = torch.zeros_like(x)
         # As x is stored, whatever the order of the next layer's gradient.
-        dy = dy.contiguous(memory_format=ctx.memory_format)
+        dy = dy.contiguous(memory_format=dispatch.memory_format_of(x))
         dx, *rest = _backward_operator(
             *(dy, x, m, mean, var, count, _widened(x, parameters), ctx.eps, ctx.gain),
             *(ctx.needs_input_grad[0], ctx.group),
@@ -255,7 +257,6 @@ class _Train(_Normalization):
         parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
         y, m, summary = _train_operator(x, _widened(x, parameters), eps, gain, is_scored, group)
         ctx.eps, ctx.gain, ctx.group = eps, gain, group
-        ctx.memory_format = dispatch.memory_format_of(x)
         ctx.mark_non_differentiable(summary)
         ctx.set_materialize_grads(False)
         # What is compiled keeps m of any map: to ask for the size would fix its range.
@@ -287,7 +288,6 @@ class _Evaluate(_Normalization):
         # As above.
         parameters = [weight, bias, center_weight, scale_weight, scale_bias, neighbour_weight]
         ctx.eps, ctx.gain, ctx.group = eps, gain, None
-        ctx.memory_format = dispatch.memory_format_of(x)
         ctx.set_materialize_grads(False)
         # A training forward before the backward pass moves the running statistics in place.
         mean, var = (t.to(accumulate_dtype(x.dtype), copy=True) for t in (mean, var))

@@ -69,6 +69,13 @@ void check(const Tensor& tensor, const Tensor& x) {
       "UBN: a tensor has to be contiguous and of type ", accumulate_type(x));
 }
 
+void check_size(const Tensor& tensor, int64_t channels) {
+  TORCH_CHECK(
+      tensor.numel() == channels,
+      "UBN: a parameter or a statistic has ", tensor.numel(), " values for an input of ", channels,
+      " channels");
+}
+
 const void* pointer(const Optional& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
@@ -95,6 +102,15 @@ Call call_of(const Tensor& x, const Parameters& parameters, double eps, double g
   call.gain = gain;
   for (const auto& parameter : parameters)
     if (parameter.has_value()) check(*parameter, x);
+  if (neighbour_weight.has_value())
+    TORCH_CHECK(
+        neighbour_weight->dim() == 4 && neighbour_weight->size(0) == call.channels &&
+            neighbour_weight->size(1) == 1 && neighbour_weight->size(2) == call.kernel &&
+            (call.kernel == 1 || call.kernel == 3 || call.kernel == 5),
+        "UBN: neighbour_weight has to be of shape (C, 1, k, k), k 1, 3 or 5, for an input of ",
+        call.channels, " channels, got ", neighbour_weight->sizes());
+  for (size_t i = 0; i + 1 < parameters.size(); ++i)
+    if (parameters[i].has_value()) check_size(*parameters[i], call.channels);
   return call;
 }
 
@@ -215,6 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> train(
 void set_statistics(Call& call, const Tensor& x, const Tensor& mean, const Tensor& var) {
   check(mean, x);
   check(var, x);
+  check_size(mean, call.channels);
+  check_size(var, call.channels);
   call.mean = mean.data_ptr();
   call.var = var.data_ptr();
 }
@@ -405,11 +423,20 @@ template <class A>
 void move(Tensor& running, const A* values, double factor, double correction) {
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, running.scalar_type(), "update", [&] {
-        scalar_t* p = running.data_ptr<scalar_t>();
+        // A user may have put in a column of a larger tensor.
+        const Tensor dense = running.contiguous();
+        scalar_t* p = dense.data_ptr<scalar_t>();
         for (int64_t c = 0; c < running.numel(); ++c)
           p[c] = static_cast<scalar_t>(
               (1 - factor) * static_cast<double>(p[c]) + factor * (values[c] * correction));
+        if (!dense.is_same(running)) running.copy_(dense);
       });
+}
+
+// The threshold that follows the scores.
+template <class S>
+S limit_of(S mean, S var, S z, S margin) {
+  return mean + z * std::sqrt(var) + margin;
 }
 
 template <class A>
@@ -438,7 +465,7 @@ void update_from(
   bool is_end = !z.has_value();
   if (threshold.has_value() && num_pairs > 0) {
     // Rounding may lift the score of equal samples over 1.
-    const double score = std::clamp(pair_sum / num_pairs, -1.0, 1.0);
+    const A score = std::clamp<A>(static_cast<A>(pair_sum / num_pairs), -1, 1);
     if (std::isfinite(score)) {
       // Of any type: a layer may be cast as a whole.
       condensation.fill_(score);
@@ -447,11 +474,14 @@ void update_from(
       if (z.has_value()) {
         mean = score_mean.item<double>();
         var = score_var.item<double>();
-        is_over = is_over && count_of(scored) >= warmup &&
-            score > mean + *z * std::sqrt(var) + *threshold;
+        // Rounded as gate.py does it.
+        const bool is_double = score_mean.scalar_type() == at::kDouble;
+        const double limit = is_double ? limit_of<double>(mean, var, *z, *threshold)
+                                       : limit_of<float>(mean, var, *z, *threshold);
+        is_over = is_over && count_of(scored) >= warmup && score > limit;
         is_end = !is_over;
       } else {
-        is_over = is_over && static_cast<float>(score) > *threshold;
+        is_over = is_over && score > static_cast<A>(*threshold);
       }
       if (is_over && is_open) {
         is_open = count_of(consecutive) >= patience;
@@ -487,6 +517,10 @@ void update(
     std::optional<double> z,
     double weight) {
   const int64_t channels = buffers[0].numel();
+  TORCH_CHECK(
+      summary.numel() == 2 * channels + 3 && buffers[1].numel() == channels,
+      "UBN: running_mean has ", channels, " values and running_var ", buffers[1].numel(),
+      " for an input of ", (summary.numel() - 3) / 2, " channels");
   for (const Tensor& buffer : buffers)
     TORCH_CHECK(
         buffer.device() == summary.device(),
@@ -503,6 +537,8 @@ void update(
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using Guard = py::call_guard<py::gil_scoped_release>;
+  // Goes up with every change of what the functions below take or return: see dispatch.py.
+  module.attr("INTERFACE") = 2;
   module.def("moments", &moments, Guard());
   module.def("train", &train, Guard());
   module.def("normalize", &normalize, Guard());

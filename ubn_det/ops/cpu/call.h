@@ -51,7 +51,7 @@ struct Call {
 
   // Channels last: the cut of the work, and what its parts leave for the whole.
   Cut cut;
-  void* v;              // A, (N, C): variance of each plane; null where it is not asked for
+  double* v;            // (2, N, C): variance and mean of each plane; null where not asked for
   double* moments;      // (2, units, C), mean and sum of squared deviations; null for one band
   double* band_sums;    // (2, units, C), as sums; null for one band
   double* group_sums;   // (groups, k k + 5, C): of taps and bias, and ChannelGradients

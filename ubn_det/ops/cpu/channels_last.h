@@ -52,7 +52,7 @@ class ChannelsLastSteps {
   // m, and v, mean and var where they are asked for.
   void moments(bool has_statistics) {
     if (has_statistics) {
-      v_.resize(call_.samples * call_.channels);
+      v_.resize(2 * call_.samples * call_.channels);
       call_.v = v_.data();
     }
     reserve_moments();

@@ -35,7 +35,7 @@ struct TypeTasks {
   Task weigh_samples;
 };
 
-// By Type. Tasks for float64, which nobody is in a hurry for, are there for any processor only.
+// By Type. Those for float64, where speed matters least, exist in the baseline alone.
 extern const TypeTasks baseline_tasks[NUM_TYPES];
 #if UBN_X86
 extern const TypeTasks avx2_tasks[NUM_TYPES];
