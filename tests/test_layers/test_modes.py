@@ -745,3 +745,71 @@ def test_a_compiled_layer_is_one_operator_each_way_and_one_for_its_buffers():
     torch.compile(layer, backend=backend, fullgraph=True)(x).sum().backward()
     assert seen['forward'] == ['ubn_det.train.default', 'ubn_det.update.default']
     assert seen['backward'] == ['ubn_det.backward.default']
+
+
+# ------------------------------------------------------------------------------------------
+# Tensors that are not what the layer made
+# ------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    'name',
+    ['weight', 'bias', 'center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight'],
+)
+@pytest.mark.parametrize('is_training', [True, False])
+def test_parameters_of_another_size_raise(name, is_training):
+    layer = build(8).train(is_training)
+    setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[:2].clone()))
+    with pytest.raises(RuntimeError):
+        layer(features((3, 8, 5, 6)))
+
+
+@both
+@pytest.mark.parametrize('name', ['running_mean', 'running_var'])
+@pytest.mark.parametrize('is_training', [True, False])
+def test_statistics_of_another_size_raise(name, is_training):
+    layer = build(8).train(is_training)
+    setattr(layer, name, getattr(layer, name)[:2].clone())
+    with pytest.raises(RuntimeError):
+        layer(features((3, 8, 5, 6)))
+
+
+@both
+def test_statistics_that_are_a_column_of_a_larger_tensor():
+    layer, dense = build(condensation_threshold=None), build(condensation_threshold=None)
+    dense.load_state_dict(layer.state_dict())
+    store = torch.full((4, 3), 77.0, dtype=torch.float64)
+    store[:, 0] = layer.running_mean
+    layer.running_mean = store[:, 0]
+    x = features()
+    layer(x), dense(x)
+    assert torch.equal(layer.running_mean, dense.running_mean)
+    assert torch.equal(store[:, 1:], torch.full((4, 2), 77.0, dtype=torch.float64))
+    assert torch.equal(layer.eval()(x), dense.eval()(x))
+
+
+@both
+def test_a_tangent_outlives_no_grad():
+    layer = build().eval()
+    x, tangent = features(), features()
+    _, expected = torch.func.jvp(layer, (x,), (tangent,))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, tangent))
+        actual = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@both
+def test_saved_tensors_that_come_back_in_another_layout():
+    layer = build()
+    x = features().to(memory_format=torch.channels_last).requires_grad_()
+    dy = features().to(memory_format=torch.channels_last)
+    _, gradients = expect(layer, x, dy)
+    stored = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
+    )
+    with stored:
+        y = layer(x)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, gradients['x'], **CLOSE)

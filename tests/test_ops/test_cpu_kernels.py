@@ -454,6 +454,13 @@ class TestValues:
         check_training(x, dy, parameters)
         check_evaluation(x, dy, parameters)
 
+    def test_scores_of_denormals(self, k, layout):
+        for seed in range(60):
+            torch.manual_seed(seed)
+            x, _, parameters = make((2, 17, 9, 8), k, torch.float32, layout)
+            _, summary = kernels.moments(x * 1e-44, parameters[2], GAIN, True)
+            assert summary.isfinite().all()
+
     @pytest.mark.parametrize('value', [float('nan'), float('inf')], ids=['nan', 'inf'])
     @pytest.mark.parametrize('where', [(1, 4, 0, 0), (0, 20, 3, 2), (1, 32, 8, 6)], ids=str)
     def test_stays_in_its_channel(self, where, value, k, layout):

@@ -158,3 +158,11 @@ def test_memory_format():
         (torch.randn(2, 4, 1, 1), torch.contiguous_format),
     ):
         assert dispatch.memory_format_of(tensor) == expected
+
+
+@needs_kernels
+def test_kernels_of_another_version_are_not_taken(monkeypatch):
+    monkeypatch.setattr(dispatch, '_CPU_INTERFACE', 0)
+    module, why = dispatch._load('_cpu')
+    assert module is None
+    assert 'another version' in why

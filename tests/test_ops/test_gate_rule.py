@@ -178,3 +178,25 @@ def test_a_score_equal_to_the_threshold_is_open(update):
         buffers = make_buffers()
         update(buffers, make_summary(score=score), Rule(0.1, threshold, 0, 3))
         assert buffers.num_batches_tracked == 1
+
+
+@updates
+def test_a_score_at_the_threshold_as_float32_rounds_it(update):
+    random.seed(0)
+    for _ in range(200):
+        threshold = random.random()
+        score = torch.tensor(threshold)
+        summary = make_summary(score=0.0, dtype=torch.float32)
+        summary[-2:] = torch.stack([score, torch.ones(())])
+        buffers = make_buffers()
+        update(buffers, summary, Rule(0.1, threshold, 0, 5))
+        assert buffers.num_batches_tracked == 1
+
+
+@updates
+def test_variances_whose_sum_overflows_float32(update):
+    summary = make_summary(dtype=torch.float32)
+    summary[C : 2 * C] = 3e38
+    buffers = make_buffers()
+    update(buffers, summary, Rule(0.1, None, 0, 5))
+    assert buffers.num_batches_tracked == 1
