@@ -122,7 +122,15 @@ def test_differentiable_once():
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         dx.square().sum().backward()
+
+
+def test_forward_mode():
+    x, parameters = make(NAMES['all'])
+    parameters = Parameters(*parameters)
+    tangent = torch.randn_like(x)
+    step = 1e-6
+    ends = [train(x + s * step * tangent, parameters, EPS, GAIN)[0] for s in (1, -1)]
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match='forward'):
-            train(dual, Parameters(*parameters), EPS, GAIN)
+        y, _ = train(torch.autograd.forward_ad.make_dual(x, tangent), parameters, EPS, GAIN)
+        actual = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(actual, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-6)
