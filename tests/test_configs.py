@@ -19,13 +19,14 @@ from ubn_det import UBN, SyncUBN
 ROOT = Path(__file__).parent.parent / 'configs'
 ALL_CONFIGS = sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_')
 # Those that are turned over as a whole are trained in test_detectors.py, those of other frameworks
-# in test_classification.py, and digits in test_tools/test_study.py. Twins are compared below.
+# in test_classification.py, and the small ones of the study in test_tools/test_study.py and
+# test_small_classification.py. Twins are compared below.
 OTHERS = ('classification', 'segmentation', 'coco')
 CONFIGS = [
     path
     for path in ALL_CONFIGS
     if path.parent.name not in OTHERS
-    and path.stem != 'digitsnet_digits'
+    and not path.stem.startswith('resnet-small_')
     and 'model_type' not in path.read_text()
 ]
 

@@ -438,7 +438,7 @@ def test_sentence_is_of_the_rows(page):
 PLAIN = {
     README: [
         '240 iterations of four images',
-        'their 95 % bootstrap intervals',
+        'their 95 % intervals',
         # The tests of the layers hold it to this.
         'In float64 on CPU, output and all gradients equal the formulas to 1e-14.',
     ],
@@ -449,9 +449,7 @@ PLAIN = {
         'ResNet-18 with 24 channels in its first stage, FPN of 48, images of at most 192 x 136, '
         'four a step, AdamW at 1e-3 with 30 iterations of warm-up and cosine to iteration 240.',
         'every 30 iterations. *At 1/4* is iteration 60.',
-        'its 95 % bootstrap interval',
-        # Held by the tests of tools/report_study.py.
-        'in about 84 % of cases',
+        'its 95 % interval',
         'sigmoid(1) = 0.73 there). *GN* has 8 groups.',
         '*4/3 of the iterations*',
         '*BN, 4/3 of the iterations* is evaluated every 40 of 320, so that its quarter is at '

@@ -39,6 +39,7 @@ from data_checks import check_data
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
 from ubn_det.engine import build_runner, prepare, set_data_root
@@ -365,7 +366,10 @@ def main(argv: list[str] | None = None) -> int:
             and run.setting in (args.settings or study.settings)
         ]
         missing = [run for run in runs if read_result(run) is None]
-        check_data(build_config(study, study.baseline, 0, args.data_root), ('train', 'val'))
+        cfg = build_config(study, study.baseline, 0, args.data_root)
+        check_data(cfg, ('train', 'val'))
+        # What is decoded once is decoded here, and what is missing is missed before any run.
+        DATASETS.build(cfg.val_dataloader.dataset)
     except (InputError, StudyError, FileNotFoundError) as error:
         print(f'study: error: {error}', file=sys.stderr)
         return 2

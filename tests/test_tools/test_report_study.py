@@ -84,25 +84,26 @@ def test_a_single_pair_has_no_interval(tool, tmp_path, runs):
     assert '| +0.0 [+0.0, +0.0] |' in bn
 
 
-def test_the_interval_is_that_of_resampled_pairs(tool):
-    generator = np.random.default_rng(1)
-    differences = generator.normal(2, 3, 400)
+# Quantiles at 0.975 as tables of the distribution have them.
+@pytest.mark.parametrize(('pairs', 'quantile'), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
+def test_the_interval_is_that_of_student(tool, pairs, quantile):
+    differences = np.random.default_rng(1).normal(2, 3, pairs)
     gain = tool.compare(differences)
-    # For many pairs the mean is normal.
-    half = 1.96 * differences.std() / math.sqrt(400)
+    deviation = math.sqrt(sum((d - differences.mean()) ** 2 for d in differences) / (pairs - 1))
+    half = quantile * deviation / math.sqrt(pairs)
     assert gain.mean == pytest.approx(differences.mean())
-    assert gain.low == pytest.approx(gain.mean - half, abs=0.03)
-    assert gain.high == pytest.approx(gain.mean + half, abs=0.03)
+    assert gain.low == pytest.approx(gain.mean - half, rel=1e-3)
+    assert gain.high == pytest.approx(gain.mean + half, rel=1e-3)
 
 
-def test_the_interval_of_five_pairs_holds_the_truth_as_often_as_documented(tool):
-    """The docstring says 0.84 for normal differences."""
+@pytest.mark.parametrize('pairs', [2, 3, 5])
+def test_the_interval_of_few_pairs_holds_the_truth_as_often_as_it_says(tool, pairs):
     generator = np.random.default_rng(2)
     held = []
-    for _ in range(400):
-        gain = tool.compare(generator.normal(1, 1, 5))
+    for _ in range(2000):
+        gain = tool.compare(generator.normal(1, 1, pairs))
         held.append(gain.low <= 1 <= gain.high)
-    assert np.mean(held) == pytest.approx(0.84, abs=0.05)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # Which norm in classification: handwritten digits, 200 to learn from and 1597 to test on.
-config = '../digitsnet_digits.py'
+config = '../resnet-small_digits.py'
 baseline = 'BN'
 seeds = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 settings = {
