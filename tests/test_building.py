@@ -262,6 +262,7 @@ def test_hook_says_what_is_there_and_finds_what_replaced_it(monkeypatch):
         logger = Logger()
         cfg = make_small(read(RETINANET))
         hooks = []
+        iter = 0
 
     Runner.model = MODELS.build(Runner.cfg.model)
     hook = CondensationHook()
