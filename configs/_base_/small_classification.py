@@ -1,7 +1,8 @@
 # What the small studies of norms in classification share.
 _base_ = 'mmdet::_base_/default_runtime.py'
 custom_imports = dict(
-    imports=['small_classification', 'condensed_stream', 'ubn_det'], allow_failed_imports=False
+    imports=['small_classification', 'condensed_stream', 'norm_peers', 'ubn_det'],
+    allow_failed_imports=False,
 )
 default_scope = 'mmengine'
 model = dict(type='SmallResNet', norm_cfg=dict(type='BN'))

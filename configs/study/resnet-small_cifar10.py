@@ -28,4 +28,6 @@ optim_wrapper = dict(
     type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=5e-4)
 )
 param_scheduler = [dict(type='OneCycleLR', by_epoch=False, eta_max=0.1, total_steps=max_iters)]
-default_hooks = dict(checkpoint=dict(interval=max_iters))
+# The last log is that of the last iteration.
+default_hooks = dict(checkpoint=dict(interval=max_iters), logger=dict(interval=12))
+log_processor = dict(window_size=12)
