@@ -10,14 +10,11 @@ import collections
 import contextlib
 import copy
 import csv
-import datetime
 import functools
 import math
 import os
-import platform
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import origin
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -131,7 +129,7 @@ def main() -> None:
         growth=growth_suite,
         ranks=ranks_suite,
     )
-    origin = describe_run(args.device)
+    run = describe_run(args.device)
     is_new = not args.out.exists()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open('a', newline='') as file:
@@ -141,7 +139,7 @@ def main() -> None:
         for suite in args.suites:
             for row in suites[suite](args):
                 row = dict(dtype='float32', memory_format='contiguous') | row
-                writer.writerow({**origin, 'suite': suite, **row})
+                writer.writerow({**run, 'suite': suite, **row})
                 file.flush()
                 print(
                     f'{suite:9} {row["case"]:24} {row["mode"]:18} {row["dtype"]:9} '
@@ -153,24 +151,8 @@ def main() -> None:
 
 def describe_run(device: str) -> Row:
     """Return what all rows of a run share: what ran, where and when."""
-    try:
-        commit = subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = 'unknown'
-    if device.startswith('cuda'):
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = cpu_name()
     return dict(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        commit=commit,
-        machine=name,
+        **origin.describe(device),
         device=device,
         allocator=allocator(),
         torch=torch.__version__,
@@ -183,16 +165,6 @@ def allocator() -> str:
     """Return whether the C library was told to keep memory that is freed."""
     kept = {'MALLOC_TRIM_THRESHOLD_', 'MALLOC_MMAP_THRESHOLD_'} <= os.environ.keys()
     return 'kept' if kept else 'default'
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------- timing

@@ -1,4 +1,4 @@
-"""Train a grid of norm settings and seeds over one config, and write every scalar to CSV files.
+"""Train a grid of norm settings and seeds over one config, and write their metrics to CSV files.
 
 A study is a config file with
 
@@ -11,7 +11,7 @@ A study is a config file with
 
 and names of its own that begin with an underscore.
 
-Runs go on where they were interrupted, and finished ones are not run again. One process per GPU,
+Runs resume where they were interrupted, and finished ones are not run again. One process per GPU,
 or per core with one thread each. tools/report_study.py makes tables and plots of the CSV files.
 """
 
@@ -33,6 +33,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import origin
 import torch
 from coco_annotations import InputError
 from data_checks import check_data
@@ -45,7 +46,10 @@ from mmengine.runner import Runner
 from ubn_det.engine import build_runner, prepare, set_data_root
 
 RESULT = 'result.json'
-CONDENSATION_TAGS = ('condensation/', 'condensed_share/')
+CONDENSATION_TAGS = ('condensation/', 'condensation_threshold/', 'condensed_share/')
+CONDENSED = 'condensed_share/'
+# Batches before any gate closes, in all settings with a threshold.
+_WARMUP = 50
 # What a run's process needs anyway; imported once, by the process that starts the others.
 _PRELOADED = ['mmcv.ops', 'mmdet.apis', 'pycocotools.cocoeval', 'ubn_det']
 
@@ -232,6 +236,7 @@ def train(study: Config, run: Run, data_root: str | None, device: int | None) ->
         scalars=logs.scalars,
         seconds_per_iter=statistics.median(logs.seconds),
         evaluations=evaluations,
+        origin=origin.describe('cpu' if device is None else 'cuda'),
     )
     part = run.folder / f'{RESULT}.part'
     part.write_text(json.dumps(result))
@@ -288,9 +293,11 @@ def run_all(
 def collect(study: Config, runs: list[Run], out: Path) -> int:
     """Write what the finished runs left: ``out``, and beside it the scores and gates of layers.
 
-    ``out`` has a row for every run, step and scalar; step 0 has ``seconds_per_iter``, the median
-    of a run, and step -1 the further evaluations, as ``NAME/METRIC``. The file
-    ``..._condensation.csv`` has the mean over the seeds for every setting, step and layer.
+    ``out`` has a row for every run, step and metric, with the run's commit, machine and date. Step
+    0 has ``seconds_per_iter``, the median of a run, and ``condensed_share/LAYER``, the share of
+    batches after the warm-up whose gate was closed; step -1 has the further evaluations, as
+    ``NAME/METRIC``. The file ``..._condensation.csv`` has the mean over the seeds for every
+    setting, step and layer.
 
     Returns:
         int: Number of finished runs.
@@ -304,24 +311,53 @@ def collect(study: Config, runs: list[Run], out: Path) -> int:
         if result is None:
             continue
         num_finished += 1
-        key = (run.setting, run.seed)
-        for step, scalars in result['scalars'].items():
-            for tag, value in scalars.items():
+        scalars = {int(step): values for step, values in result['scalars'].items()}
+        own: list[tuple[int, str, float]] = []
+        for step, values in scalars.items():
+            for tag, value in values.items():
                 if tag.startswith(CONDENSATION_TAGS):
-                    layers.setdefault((run.setting, tag, int(step)), []).append(value)
-                elif not isinstance(value, str):
-                    rows.append((*key, step, tag, f'{value:.5g}'))
-        rows.append((*key, 0, 'seconds_per_iter', f'{result["seconds_per_iter"]:.4g}'))
+                    layers.setdefault((run.setting, tag, step), []).append(value)
+                elif '/' in tag and not isinstance(value, str):
+                    own.append((step, tag, value))
+        own.append((0, 'seconds_per_iter', result['seconds_per_iter']))
+        own += [(0, tag, share) for tag, share in condensed_shares(scalars).items()]
         for name, metrics in result['evaluations'].items():
-            rows.extend((*key, -1, f'{name}/{tag}', f'{v:.5g}') for tag, v in metrics.items())
+            own += [(-1, f'{name}/{tag}', value) for tag, value in metrics.items()]
+        made = tuple(result['origin'].values())
+        rows += [
+            (run.setting, run.seed, step, tag, f'{value:.5g}', *made) for step, tag, value in own
+        ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    _write(out, ('setting', 'seed', 'step', 'tag', 'value'), rows)
+    header = ('setting', 'seed', 'step', 'tag', 'value', 'date', 'commit', 'machine')
+    _write(out, header, rows)
     _write(
         out.with_name(f'{out.stem}_condensation.csv'),
         ('setting', 'step', 'tag', 'value'),
         [(s, step, tag, f'{statistics.fmean(v):.3f}') for (s, tag, step), v in layers.items()],
     )
     return num_finished
+
+
+def condensed_shares(scalars: dict[int, dict[str, float]]) -> dict[str, float]:
+    """Return the share of batches after the warm-up whose gate was closed.
+
+    Args:
+        scalars (dict[int, dict[str, float]]): Of a run, by iteration; those of an iteration tell
+            of the batches since the one before.
+
+    Returns:
+        dict[str, float]: By ``condensed_share/LAYER``, and ``condensed_share/mean`` over all
+        layers; nothing where gates were not logged.
+    """
+    closed: dict[str, float] = {}
+    last = 0
+    for step in sorted(scalars):
+        shares = {tag: v for tag, v in scalars[step].items() if tag.startswith(CONDENSED)}
+        for tag, share in shares.items():
+            closed[tag] = closed.get(tag, 0.0) + share * (step - last)
+        last = step if shares else last
+    closed.pop(f'{CONDENSED}max', None)
+    return {tag: number / max(last - _WARMUP, 1) for tag, number in closed.items()}
 
 
 def _write(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
