@@ -16,6 +16,7 @@ _norms = {
         condensation_threshold='auto',
         warmup=50,
     ),
+    'BN, distance gate': dict(type='DistanceGatedBN'),
 }
 settings = {
     f'{name}, {images} images': {
