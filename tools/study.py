@@ -50,6 +50,8 @@ CONDENSATION_TAGS = ('condensation/', 'condensation_threshold/', 'condensed_shar
 CONDENSED = 'condensed_share/'
 # Batches before any gate closes, in all settings with a threshold.
 _WARMUP = 50
+# At the end of a run, iterations whose gates can be told apart.
+_TAIL = 120
 # What a run's process needs anyway; imported once, by the process that starts the others.
 _PRELOADED = ['mmcv.ops', 'mmdet.apis', 'pycocotools.cocoeval', 'ubn_det']
 
@@ -295,9 +297,9 @@ def collect(study: Config, runs: list[Run], out: Path) -> int:
 
     ``out`` has a row for every run, step and metric, with the run's commit, machine and date. Step
     0 has ``seconds_per_iter``, the median of a run, and ``condensed_share/LAYER``, the share of
-    batches after the warm-up whose gate was closed; step -1 has the further evaluations, as
-    ``NAME/METRIC``. The file ``..._condensation.csv`` has the mean over the seeds for every
-    setting, step and layer.
+    batches after the warm-up whose gate was closed; the last steps have that of their own batches,
+    over all layers; step -1 has the further evaluations, as ``NAME/METRIC``. The file
+    ``..._condensation.csv`` has the mean over the seeds for every setting, step and layer.
 
     Returns:
         int: Number of finished runs.
@@ -317,6 +319,8 @@ def collect(study: Config, runs: list[Run], out: Path) -> int:
             for tag, value in values.items():
                 if tag.startswith(CONDENSATION_TAGS):
                     layers.setdefault((run.setting, tag, step), []).append(value)
+                    if tag == f'{CONDENSED}mean' and step > max(scalars) - _TAIL:
+                        own.append((step, tag, value))
                 elif '/' in tag and not isinstance(value, str):
                     own.append((step, tag, value))
         own.append((0, 'seconds_per_iter', result['seconds_per_iter']))

@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -251,6 +252,55 @@ def test_peers_are_what_their_papers_say(monkeypatch):
     values = {name: p.flatten() for name, p in rbn.named_parameters()}
     torch.testing.assert_close(rbn(x), reference.rbn(x, **values, eps=1e-5))
     torch.testing.assert_close(bnet(x), reference.bnet(x, bnet[1].weight, bnet[1].bias, eps=1e-5))
+
+
+def test_batch_renormalization_is_what_its_paper_says(monkeypatch):
+    load_tool('benchmark_norm', monkeypatch)
+    layer = sys.modules['norm_peers'].BatchRenorm(3, num_batches=10, momentum=0.3).double()
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    weight, bias = (p.detach().numpy()[:, None, None] for p in (layer.weight, layer.bias))
+    mean, var = np.zeros(3), np.ones(3)
+    for step in range(6):
+        x = 2 + step + 3 * torch.randn(4, 3, 5, 5, dtype=torch.float64)
+        values = x.numpy()
+        batch_mean, batch_std = values.mean((0, 2, 3)), np.sqrt(values.var((0, 2, 3)) + 1e-5)
+        # Until 4 % of the training BN; then the limits grow, to 3 at 31 % and to 5 at 19 %.
+        r_max = {0: 1.0, 1: 1 + 2 * 0.06 / 0.27, 2: 1 + 2 * 0.16 / 0.27, 3: 1 + 2 * 0.26 / 0.27}
+        d_max = {0: 0.0, 1: 5 * 0.06 / 0.15}
+        r_max, d_max = r_max.get(step, 3.0), d_max.get(step, 5.0)
+        std = np.sqrt(var + 1e-5)
+        r = np.clip(batch_std / std, 1 / r_max, r_max)[:, None, None]
+        d = np.clip((batch_mean - mean) / std, -d_max, d_max)[:, None, None]
+        z = (values - batch_mean[:, None, None]) / batch_std[:, None, None]
+        np.testing.assert_allclose(layer(x).detach().numpy(), (z * r + d) * weight + bias)
+        mean = 0.7 * mean + 0.3 * batch_mean
+        var = 0.7 * var + 0.3 * values.var((0, 2, 3), ddof=0) * 100 / 99
+        np.testing.assert_allclose(layer.running_var, var)
+    layer.eval()
+    expected = (values - mean[:, None, None]) / np.sqrt(var + 1e-5)[:, None, None] * weight + bias
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected)
+
+
+@pytest.mark.parametrize('score', [False, True])
+def test_gate_by_distance_keeps_a_strange_batch_out(monkeypatch, score):
+    load_tool('benchmark_norm', monkeypatch)
+    layer = sys.modules['norm_peers'].DistanceGatedBN(3, score=score, warmup=30, patience=4)
+    torch.manual_seed(0)
+    for _ in range(60):
+        layer(torch.randn(8, 3, 6, 6))
+    assert layer.num_kept_out <= 2
+    num_before, mean = int(layer.num_kept_out), layer.running_mean.clone()
+    strange = 3 + torch.randn(8, 3, 6, 6)
+    for _ in range(4):
+        y = layer(strange)
+    # It is normalized by its own statistics all the same.
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    assert layer.num_kept_out == num_before + 4
+    torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=0)
+    layer(strange)
+    assert layer.num_kept_out == num_before + 4
+    assert (layer.running_mean > 0.2).all()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,10 @@ def test_grid_is_trained_once_and_collected(study, tmp_path):
     [row] = [r for r in rows if r['tag'] == 'half/digits/accuracy' and r['step'] == '-1'][:1]
     assert float(row['value']) == pytest.approx(half, rel=1e-4)
     assert not list((tmp_path / 'runs').glob('**/*.pth'))
+    # What a training logs stays in its folder; what made a run is in its rows.
+    assert not [row for row in rows if row['tag'] in ('loss', 'lr')]
+    assert {row['commit'] for row in rows} == {result['origin']['commit']}
+    assert all(row['machine'] and row['date'].startswith('20') for row in rows)
     scores = read_rows(out.with_name('study_condensation.csv'))
     assert {row['setting'] for row in scores} == {'UBN, gate'}
     assert {'condensation/stem.bn', 'condensed_share/mean'} <= {row['tag'] for row in scores}
@@ -94,21 +98,10 @@ def test_grid_is_trained_once_and_collected(study, tmp_path):
     assert read_rows(out) == rows
 
 
-def takes_auto():
-    try:
-        UBN(4, condensation_threshold='auto')
-    except TypeError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize('path', GRIDS, ids=lambda path: path.stem)
 def test_settings_of_a_grid_differ_and_build(tool, path):
     register_all_modules()
     study = tool.load_study(path)
-    if not takes_auto():
-        for setting in [s for s, options in study.settings.items() if "'auto'" in str(options)]:
-            del study.settings[setting]
     marks = {tool.fingerprint(study, setting) for setting in study.settings}
     assert len(marks) == len(study.settings)
     for setting, options in study.settings.items():
@@ -175,6 +168,18 @@ def test_failed_run_is_named_and_the_others_are_done(study, tmp_path):
     assert f'UBN, gate, seed 0: FAILED, see {folder}/output.txt' in done.stdout
     assert 'condensation_threshold must lie in [-1, 1]' in (folder / 'output.txt').read_text()
     assert 'BN, seed 0: done' in done.stdout
+
+
+def test_shares_of_closed_gates_are_those_of_all_batches_after_the_warm_up(tool):
+    tags = 'condensed_share/a', 'condensed_share/b', 'condensed_share/mean', 'condensed_share/max'
+    rows = {25: (0, 0, 0, 0), 50: (0, 0, 0, 0), 75: (0.4, 0, 0.2, 0.4), 85: (1, 0.5, 0.75, 1)}
+    scalars = {step: dict(zip(tags, values), loss=1.0) for step, values in rows.items()}
+    # Metrics of an evaluation in between are of no batches.
+    scalars[80] = {'digits/accuracy': 0.5}
+    # 10 of 25 batches and 10 of 10, and 5 of these, where 35 could be closed.
+    expected = {tags[0]: 20 / 35, tags[1]: 5 / 35, tags[2]: 12.5 / 35}
+    assert tool.condensed_shares(scalars) == pytest.approx(expected)
+    assert tool.condensed_shares({10: {'loss': 1.0}}) == {}
 
 
 def test_folder_of_other_settings_is_refused(tool, study, tmp_path):
