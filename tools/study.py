@@ -11,8 +11,9 @@ A study is a config file with
 
 and names of its own that begin with an underscore.
 
-Runs resume where they were interrupted, and finished ones are not run again. One process per GPU,
-or per core with one thread each. tools/report_study.py makes tables and plots of the CSV files.
+Runs resume where they were interrupted, and finished ones are not run again; a folder of other
+settings or of other code is refused. One process per GPU, or per core with one thread each.
+benchmarks/report_study.py makes tables and plots of the CSV files.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
+import ubn_det
 from ubn_det.engine import build_runner, prepare, set_data_root
 
 RESULT = 'result.json'
@@ -86,7 +88,7 @@ class Run(NamedTuple):
         setting (str): Name of the norm setting.
         seed (int): Of weights, data order and augmentation.
         folder (Path): Where its logs, checkpoint and result are.
-        fingerprint (str): Of its settings.
+        fingerprint (str): Of its settings and its code.
     """
 
     setting: str
@@ -151,23 +153,31 @@ def build_config(study: Config, setting: str, seed: int, data_root: str | None) 
 
 
 def fingerprint(study: Config, setting: str) -> str:
-    """Tell a run's settings from others, wherever its data are."""
+    """Tell a run's settings and code from others, wherever its data are."""
     cfg = build_config(study, setting, 0, None)
     text = json.dumps([cfg.to_dict(), study.evaluations.to_dict()], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode())
+    # The package, and what a config imports from beside this file.
+    package = Path(ubn_det.__file__).parent
+    files = [p for p in package.rglob('*') if p.suffix in ('.py', '.cpp', '.h', '.inc')]
+    names = cfg.get('custom_imports', {}).get('imports', ())
+    files += [p for p in (Path(__file__).with_name(f'{name}.py') for name in names) if p.exists()]
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_result(run: Run) -> dict[str, Any] | None:
     """Read what a finished run left, None where it is not finished.
 
     Raises:
-        StudyError: The folder holds a run with other settings.
+        StudyError: The folder holds a run with other settings, or of other code.
     """
     mark = run.folder / 'fingerprint'
     if mark.exists() and mark.read_text() != run.fingerprint:
         raise StudyError(
-            f'{run.folder} holds a run of {run.setting!r} with other settings: remove the '
-            'folder, or choose another one with --work-dir'
+            f'{run.folder} holds a run of {run.setting!r} with other settings or of other code: '
+            'remove the folder, or choose another one with --work-dir'
         )
     path = run.folder / RESULT
     return json.loads(path.read_text()) if path.exists() else None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,23 @@ def test_folder_of_other_settings_is_refused(tool, study, tmp_path):
     assert tool.read_result(changed[0]) is None
     with pytest.raises(tool.StudyError, match='with other settings'):
         tool.read_result(changed[1])
+
+
+@pytest.mark.parametrize('file', ['ubn_det/layers/ubn.py', 'small_classification.py'])
+def test_run_of_other_code_is_refused(tool, study, tmp_path, monkeypatch, file):
+    cfg = tool.load_study(study)
+    run = tool.make_grid(cfg, tmp_path / 'runs')[1]
+    run.folder.mkdir(parents=True)
+    (run.folder / 'fingerprint').write_text(run.fingerprint)
+    assert tool.read_result(tool.make_grid(cfg, tmp_path / 'runs')[1]) is None
+    read_bytes = Path.read_bytes
+
+    def changed(path):
+        return read_bytes(path) + b'#' * str(path).endswith(file)
+
+    monkeypatch.setattr(Path, 'read_bytes', changed)
+    with pytest.raises(tool.StudyError, match='of other code'):
+        tool.read_result(tool.make_grid(cfg, tmp_path / 'runs')[1])
 
 
 @pytest.mark.parametrize(
