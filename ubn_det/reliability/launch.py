@@ -1,4 +1,4 @@
-"""From a command line to a Runner: what tools/train.py and tools/test.py share."""
+"""From a command line to a Runner."""
 
 import argparse
 import datetime
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from .condensation_hook import CondensationHook
 from .non_finite_step_hook import NonFiniteStepHook
 
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0)
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def read_config(args: argparse.Namespace) -> Config:
     """Read the config ``args.config`` and apply the options of the command line."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
@@ -53,7 +52,6 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = os.path.join(
             'work_dirs', os.path.splitext(os.path.basename(args.config))[0]
         )
-    prepare(cfg)
     return cfg
 
 
@@ -124,11 +122,21 @@ def finish() -> None:
         gc.collect()
 
 
+def add_hook(cfg: Config, cls: type[Hook]) -> None:
+    """Add a hook to a config, changed in place, where it is not there yet."""
+    hooks = list(cfg.setdefault('custom_hooks', None) or [])
+    default_hooks = cfg.get('default_hooks') or {}
+    types = [hook.get('type') for hook in (*hooks, *default_hooks.values()) if hook]
+    if cls not in types and cls.__name__ not in types:
+        hooks.append(dict(type=cls.__name__))
+    cfg.custom_hooks = hooks
+
+
 def prepare(cfg: Config) -> None:
     """Make a config safe to run, and several processes on CPU possible.
 
-    CondensationHook and NonFiniteStepHook are added where they are not there yet, and
-    AtomicCheckpointHook takes the place of mmengine's CheckpointHook.
+    NonFiniteStepHook is added where it is not there yet, and AtomicCheckpointHook takes the place
+    of mmengine's CheckpointHook.
 
     mmengine's launcher sets a CUDA device and hands DistributedDataParallel a device index,
     neither of which exists on a CPU build of torch. Without a GPU the process group is therefore
@@ -139,12 +147,7 @@ def prepare(cfg: Config) -> None:
     """
     if not cfg.get('default_hooks'):
         cfg.default_hooks = {}
-    hooks = list(cfg.setdefault('custom_hooks', None) or [])
-    types = [hook.get('type') for hook in (*hooks, *cfg.default_hooks.values()) if hook]
-    for cls in (CondensationHook, NonFiniteStepHook):
-        if cls not in types and cls.__name__ not in types:
-            hooks.append(dict(type=cls.__name__))
-    cfg.custom_hooks = hooks
+    add_hook(cfg, NonFiniteStepHook)
     checkpoint_hook = cfg.default_hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
     if checkpoint_hook and checkpoint_hook.get('type') in ('CheckpointHook', CheckpointHook):
         checkpoint_hook['type'] = 'AtomicCheckpointHook'

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ubn_det import UBN2d
 from ubn_det.engine import AtomicCheckpointHook
-from ubn_det.engine.atomic_checkpoint_hook import AtomicLocalBackend, check_fit
+from ubn_det.reliability import AtomicLocalBackend, check_fit
 
 
 class Model(BaseModel):

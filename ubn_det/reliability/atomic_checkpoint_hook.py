@@ -12,14 +12,28 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ubn_det.layers import UBN
-from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS
-
 PURPOSES = ('resume', 'test')
 # The end of the name under which a process writes beside a file. A kill leaves it there.
 _UNFINISHED = '.unfinished'
 # What a run is more than its weights.
 _RUN_STATE = ('meta', 'message_hub', 'optimizer')
+# By the class of a layer that extends a plain one: the parameters and the buffers that it adds.
+_extensions: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+
+def register_extension(
+    layer: type[nn.Module], parameters: tuple[str, ...], buffers: tuple[str, ...]
+) -> None:
+    """Make a layer known that does what a plain one does until it has learnt something else.
+
+    Weights of the plain one are whole for it, but not the other way round.
+
+    Args:
+        layer (type[nn.Module]): Its class.
+        parameters (tuple[str, ...]): Names of the parameters that it adds to the plain one's.
+        buffers (tuple[str, ...]): Names of the buffers that it adds.
+    """
+    _extensions[layer] = (parameters, buffers)
 
 
 @register_backend('atomic_local', force=True)
@@ -237,14 +251,13 @@ def check_fit(model: nn.Module, checkpoint: dict[str, Any], purpose: str) -> Non
     missing = [key for key in own if key not in saved]
     unexpected = [key for key in saved if key not in own]
     if purpose == 'test':
-        # Weights of BN make a UBN that BN, but not the other way round. A part that the model
-        # lacks as a whole, such as a head, may be in the checkpoint.
+        # Weights of a plain layer make one that extends it that plain one, but not the other way
+        # round. A part that the model lacks as a whole, such as a head, may be in the checkpoint.
         identity = set(_identity_keys(model, saved))
         missing = [k for k in missing if k not in identity and 'num_batches_tracked' not in k]
+        extra = tuple(name for parameters, _ in _extensions.values() for name in parameters)
         unexpected = [
-            k
-            for k in unexpected
-            if k.endswith(EXTRA_PARAMETERS) and f'{k.rpartition(".")[0]}.bias' in own
+            k for k in unexpected if k.endswith(extra) and f'{k.rpartition(".")[0]}.bias' in own
         ]
     faults += [f'{key} is missing in the checkpoint' for key in missing]
     faults += [f'{key} is in the checkpoint only' for key in unexpected]
@@ -267,11 +280,12 @@ def _shape(value: Any) -> Any:
 
 
 def _identity_keys(model: nn.Module, saved: dict[str, Any]) -> list[str]:
-    """Return the keys that a UBN fills by itself where plain BN's are there."""
+    """Return the keys that an extending layer fills by itself where the plain one's are there."""
     return [
         f'{name}.{extra}'
         for name, layer in model.named_modules()
-        if isinstance(layer, UBN)
+        for cls, (parameters, buffers) in _extensions.items()
+        if isinstance(layer, cls)
         and (f'{name}.running_mean' in saved or f'{name}.weight' in saved)
-        for extra in EXTRA_PARAMETERS + GATE_BUFFERS
+        for extra in parameters + buffers
     ]

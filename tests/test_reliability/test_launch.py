@@ -5,13 +5,11 @@ import argparse
 import pytest
 import torch
 import torch.distributed as dist
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 
-from ubn_det import UBN
-from ubn_det.engine import add_arguments, load_config, prepare, set_data_root
-from ubn_det.engine.launch import check_checkpoint_file
+from ubn_det.reliability import add_arguments, prepare, read_config, set_data_root
+from ubn_det.reliability.launch import check_checkpoint_file
 
 MMDET = "_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\n"
 
@@ -20,7 +18,7 @@ def parse(config, *options):
     parser = argparse.ArgumentParser()
     parser.add_argument('config')
     add_arguments(parser)
-    return load_config(parser.parse_args([str(config), *options]))
+    return read_config(parser.parse_args([str(config), *options]))
 
 
 @pytest.fixture
@@ -30,31 +28,10 @@ def config(tmp_path):
     return path
 
 
-def test_untouched_mmdet_config_needs_one_option(config):
-    cfg = parse(config, '--cfg-options', 'model.backbone.norm_cfg.type=UBN')
-    cfg.model.backbone.init_cfg = None
-    model = MODELS.build(cfg.model)
-    assert sum(isinstance(m, UBN) for m in model.modules()) == 53
-    assert cfg.custom_hooks == [dict(type='CondensationHook'), dict(type='NonFiniteStepHook')]
-
-
 def test_work_dir_is_named_after_the_config(config):
     assert parse(config).work_dir == 'work_dirs/detector'
     assert parse(config, '--work-dir', 'here').work_dir == 'here'
     assert parse(config, '--cfg-options', 'work_dir=there').work_dir == 'there'
-
-
-def test_hooks_are_added_once_and_others_stay():
-    hooks = [dict(type='EMAHook'), dict(type='NonFiniteStepHook', patience=3)]
-    cfg = Config(dict(custom_hooks=hooks, launcher='none'))
-    prepare(cfg)
-    prepare(cfg)
-    assert cfg.custom_hooks == [*hooks, dict(type='CondensationHook')]
-    # Wherever it is already.
-    default = dict(condensation=dict(type='CondensationHook', interval=5), timer=None)
-    cfg = Config(dict(default_hooks=default, launcher='none'))
-    prepare(cfg)
-    assert cfg.custom_hooks == [dict(type='NonFiniteStepHook')]
 
 
 @pytest.mark.parametrize(
