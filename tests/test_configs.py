@@ -16,10 +16,15 @@ from torch import nn
 
 from ubn_det import UBN, SyncUBN
 
-ROOT = Path(__file__).parent.parent / 'configs'
-ALL_CONFIGS = sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_')
+REPOSITORY = Path(__file__).parent.parent
+ROOT = REPOSITORY / 'configs'
+ALL_CONFIGS = [
+    *sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_'),
+    *sorted(REPOSITORY.glob('demo/mask-rcnn_*.py')),
+    *sorted(REPOSITORY.glob('benchmarks/study/*.py')),
+]
 # Those that are turned over as a whole are trained in test_detectors.py, those of other frameworks
-# in test_classification.py, and the small ones of the study in test_tools/test_study.py and
+# in test_classification.py, and the small ones of the study in test_benchmarks/test_study.py and
 # test_small_classification.py. Twins are compared below.
 OTHERS = ('classification', 'segmentation', 'coco')
 CONFIGS = [

@@ -118,5 +118,6 @@ def test_what_drops_nothing_of_the_base_is_silent(write, lists, by_tools):
 
 def test_every_page_and_config_adds_its_hooks_to_those_of_the_base():
     pages = [ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('configs/**/*.py')]
+    pages += [*ROOT.glob('demo/mask-rcnn_*.py'), *ROOT.glob('benchmarks/study/**/*.py')]
     found = [path.name for path in pages if re.search(r'custom_hooks\s*=', path.read_text())]
     assert found == []
