@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from ubn_det import UBN, SyncUBN, fuse
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / 'configs/coco/mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
+CONFIG = ROOT / 'configs/norm_comparison/mask-rcnn_r50_fpn_ubn-all_2x_coco.py'
 STUDY_CONFIG = ROOT / 'benchmarks/study/mask-rcnn_r18-small-scratch_fpn_pennfudan.py'
 SUITES = ('layer', 'bandwidth', 'memory', 'model', 'study', 'fused', 'growth', 'ranks')
 IMAGE = (800, 1344)  # COCO's usual 800 x 1333, padded to a multiple of 32

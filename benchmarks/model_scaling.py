@@ -43,7 +43,7 @@ from torch import nn
 
 from ubn_det import UBN, SyncUBN
 
-ALL = ROOT / 'configs/coco/mask-rcnn_r50_fpn_syncubn-all_2x_coco.py'
+ALL = ROOT / 'configs/norm_comparison/mask-rcnn_r50_fpn_syncubn-all_2x_coco.py'
 BACKBONE = ROOT / 'configs/ubn/mask-rcnn_r50_fpn_syncubn_1x_coco.py'
 # Config and depth of the ResNet.
 DETECTORS = {

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 NUM_CLASSES = 2
 CHANNELS = 8
 PRETRAINING = """
-_base_ = '{root}/configs/classification/resnet18_ubn_8xb32_in1k.py'
+_base_ = '{root}/configs/mmpretrain/resnet18_ubn_8xb32_in1k.py'
 norm_cfg = dict(type='UBN', condensation_threshold=None)
 model = dict(
     backbone=dict(stem_channels={channels}, base_channels={channels}, norm_cfg=norm_cfg),
@@ -111,7 +111,7 @@ def main():
     MODULE2PACKAGE['mmseg'] = 'onedl-mmsegmentation'
     steps = {
         path.stem: take_a_step(path)
-        for name in ('classification', 'segmentation')
+        for name in ('mmpretrain', 'mmseg')
         for path in sorted((ROOT / 'configs' / name).glob('*.py'))
     }
     (folder / 'steps.json').write_text(json.dumps(steps))

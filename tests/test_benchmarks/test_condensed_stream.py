@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from tiny_config import ROOT
 
-# As the tools import their neighbours.
+# As the benchmarks import their neighbours.
 sys.path.append(str(ROOT / 'benchmarks'))
 
 from condensed_stream import BlackFrames, CondensedBatchSampler, SortedDataset  # noqa: E402

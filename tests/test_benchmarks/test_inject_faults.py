@@ -10,7 +10,7 @@ from distributed import run
 from tiny_config import ROOT, run_tool
 from torch import nn
 
-# The tools import their neighbours, as they do when they are run.
+# The benchmarks import their neighbours, as they do when they are run.
 sys.path.append(str(ROOT / 'benchmarks'))
 
 import inject_faults  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_config import ROOT, run_tool
 
-# As the tools import their neighbours.
+# As the benchmarks import their neighbours.
 sys.path.append(str(ROOT / 'benchmarks'))
 
 from small_classification import CIFAR10, SmallResNet  # noqa: E402
