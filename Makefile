@@ -27,7 +27,7 @@ setup:  ## make or update .venv (10 minutes the first time, then a second)
 	@"$(PYTHON)" tools/setup_env.py
 
 demo: setup  ## run the main job, on DATA where it is given; results in WORK_DIR
-	$(VENV_PYTHON) tools/demo.py $(if $(DATA),--data "$(DATA)") --work-dir "$(WORK_DIR)"
+	$(VENV_PYTHON) demo/demo.py $(if $(DATA),--data "$(DATA)") --work-dir "$(WORK_DIR)"
 
 test: setup  ## run the tests, with PYTEST_ARGS
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
@@ -37,29 +37,29 @@ test-slow: setup  ## run the long soaks, with PYTEST_ARGS (an hour)
 
 # Threads wait as PyTorch lets them; the second run keeps every page of memory.
 bench: setup  ## measure speed and memory beside BN and others; writes docs/performance.*
-	env -u OMP_WAIT_POLICY $(VENV_PYTHON) tools/benchmark_norm.py docs/performance.csv \
+	env -u OMP_WAIT_POLICY $(VENV_PYTHON) benchmarks/benchmark_norm.py docs/performance.csv \
 	    --suites layer memory model study fused growth ranks $(BENCH_ARGS)
 	env -u OMP_WAIT_POLICY MALLOC_TRIM_THRESHOLD_=17179869184 \
-	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) tools/benchmark_norm.py \
+	    MALLOC_MMAP_THRESHOLD_=17179869184 $(VENV_PYTHON) benchmarks/benchmark_norm.py \
 	    docs/performance.csv --suites layer bandwidth growth $(BENCH_ARGS)
-	$(VENV_PYTHON) tools/report_performance.py docs/performance.csv
+	$(VENV_PYTHON) benchmarks/report_performance.py docs/performance.csv
 
 gpu:  ## set up with CUDA and check all that needs a GPU; report in GPU_DIR (8 minutes)
 	@"$(PYTHON)" benchmarks/check_gpu.py --work-dir "$(GPU_DIR)"
 
 STUDY_DIR := work_dirs/study
 study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 minutes)
-	$(VENV_PYTHON) tools/make_demo_data.py $(STUDY_DIR)/data \
+	$(VENV_PYTHON) demo/make_demo_data.py $(STUDY_DIR)/data \
 	    --num-train 120 --num-val 50 --side-range 128 192
-	$(VENV_PYTHON) tools/study.py configs/study/grids/generated.py --work-dir $(STUDY_DIR)/generated
-	$(VENV_PYTHON) tools/study.py configs/study/grids/digits.py --work-dir $(STUDY_DIR)/digits \
+	$(VENV_PYTHON) benchmarks/study.py benchmarks/study/grids/generated.py --work-dir $(STUDY_DIR)/generated
+	$(VENV_PYTHON) benchmarks/study.py benchmarks/study/grids/digits.py --work-dir $(STUDY_DIR)/digits \
 	    --seeds 0 1 2
-	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/generated/generated.csv \
+	$(VENV_PYTHON) benchmarks/report_study.py $(STUDY_DIR)/generated/generated.csv \
 	    docs/results/generated.csv docs/results/pennfudan.csv \
 	    $(foreach part,batch1 batch2 batch8 sgd finetune,docs/results/pennfudan_$(part).csv)
-	$(VENV_PYTHON) tools/report_study.py docs/results/pennfudan_ablation.csv \
+	$(VENV_PYTHON) benchmarks/report_study.py docs/results/pennfudan_ablation.csv \
 	    --condensation 'score of BN' 'score of UBN'
-	$(VENV_PYTHON) tools/report_study.py $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv \
+	$(VENV_PYTHON) benchmarks/report_study.py $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv \
 	    --metrics digits/accuracy
 
 lint: setup  ## check the code's style; changes nothing

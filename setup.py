@@ -69,7 +69,7 @@ setup(
             'onedl-mmcv>=2.3.6,<3',
             'onedl-mmdetection>=3.5.1,<4',
         ],
-        # For configs/classification and configs/segmentation.
+        # For configs/mmpretrain and configs/mmseg.
         'classification': ['onedl-mmpretrain>=1.3.6,<2', 'torchvision'],
         'segmentation': ['onedl-mmsegmentation>=1.4.2,<2'],
         'openmmlab': ['mmengine>=0.10,<1', 'mmcv>=2.0.0,<2.2', 'mmdet>=3.0,<4'],

@@ -188,7 +188,7 @@ def checks(python: Path, folder: Path) -> list[Check]:
         command = (python, *PYTEST, junit, *arguments)
         return Check(name, command, seconds, is_alone, needs_tests=True)
 
-    benchmark = (python, ROOT / 'tools/benchmark_norm.py', '--device', 'cuda')
+    benchmark = (python, ROOT / 'benchmarks/benchmark_norm.py', '--device', 'cuda')
 
     return [
         Check('versions', (python, '-c', DESCRIBE), 45, is_alone=True),
@@ -215,7 +215,7 @@ def checks(python: Path, folder: Path) -> list[Check]:
         ),
         tests('Mask R-CNN iteration', DEVICE, '-k', 'mask_rcnn', seconds=60, is_alone=True),
         Check('benchmark', (*benchmark, *BENCHMARK, csv), 150, is_alone=True),
-        Check('bars', (python, ROOT / 'tools/report_performance.py', csv), 25, is_alone=True),
+        Check('bars', (python, ROOT / 'benchmarks/report_performance.py', csv), 25, is_alone=True),
     ]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# For `import reference`, in whatever way pytest imports the tests.
-sys.path.insert(0, str(Path(__file__).parent))
+# For `import reference` and `import generated`, in whatever way pytest imports the tests.
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS / 'helpers'), str(TESTS.parent / 'demo')]
 
 # The tensors are small: on busy cores the tests of the layers take 190 s with two threads and 22 s
 # with one.

@@ -10,6 +10,7 @@ import mmdet
 import numpy as np
 import pytest
 import torch
+from generated import generate_coco
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.models.detectors import rtmdet
 from mmdet.registry import MODELS
@@ -21,7 +22,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det import UBN, SyncUBN, UBN2d
-from ubn_det.datasets import generate_coco
 from ubn_det.engine.condensation_hook import CondensationHook
 from ubn_det.layers.ubn import EXTRA_PARAMETERS
 

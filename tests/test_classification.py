@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
             image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             image[:: 2 + label] = 255
             cv2.imwrite(str(folder / 'images' / str(label) / f'{i}.png'), image)
-    run_tool(Path(__file__).parent / 'pretraining.py', folder)
+    run_tool(ROOT / 'tests/helpers/pretraining.py', folder)
     return folder
 
 

@@ -16,12 +16,17 @@ from torch import nn
 
 from ubn_det import UBN, SyncUBN
 
-ROOT = Path(__file__).parent.parent / 'configs'
-ALL_CONFIGS = sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_')
+REPOSITORY = Path(__file__).parent.parent
+ROOT = REPOSITORY / 'configs'
+ALL_CONFIGS = [
+    *sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_'),
+    *sorted(REPOSITORY.glob('demo/mask-rcnn_*.py')),
+    *sorted(REPOSITORY.glob('benchmarks/study/*.py')),
+]
 # Those that are turned over as a whole are trained in test_detectors.py, those of other frameworks
-# in test_classification.py, and the small ones of the study in test_tools/test_study.py and
+# in test_classification.py, and the small ones of the study in test_benchmarks/test_study.py and
 # test_small_classification.py. Twins are compared below.
-OTHERS = ('classification', 'segmentation', 'coco')
+OTHERS = ('mmpretrain', 'mmseg', 'norm_comparison')
 CONFIGS = [
     path
     for path in ALL_CONFIGS
@@ -46,6 +51,7 @@ EXPECTED = {
     'mask-rcnn_r18-scratch_fpn_bn_400i_pennfudan': dict(ubn=0, bn=R18 + FPN + CONVS, frozen=0),
     'mask-rcnn_r18-scratch_fpn_ubn_demo': dict(ubn=R18 + FPN + 2, frozen=0),
     'mask-rcnn_r18-small-scratch_fpn_pennfudan': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
+    'mask-rcnn_r18-small-scratch_fpn_pennfudan-crops': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
     'mask-rcnn_r18-small-scratch_fpn_generated': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
     'mask-rcnn_r18-small_fpn_pennfudan-finetune': dict(ubn=0, bn=R18 + FPN + 2, frozen=0),
 }
@@ -170,7 +176,9 @@ NORMS = {
 def test_coco_twins_differ_in_the_norm_only(schedule):
     texts = set()
     for name, (_, norm) in NORMS.items():
-        cfg = Config.fromfile(ROOT / f'coco/mask-rcnn_r50_fpn_{name}-all_{schedule}_coco.py')
+        cfg = Config.fromfile(
+            ROOT / f'norm_comparison/mask-rcnn_r50_fpn_{name}-all_{schedule}_coco.py'
+        )
         assert cfg.train_cfg.max_epochs == {'1x': 12, '2x': 24}[schedule]
         assert cfg.param_scheduler[1].milestones == {'1x': [8, 11], '2x': [16, 22]}[schedule]
         parts = [cfg.model.backbone, cfg.model.neck, *cfg.model.roi_head.values()]
@@ -190,7 +198,7 @@ def test_coco_twins_differ_in_the_norm_only(schedule):
 
 @pytest.mark.parametrize('name', NORMS)
 def test_coco_twins_have_their_norm_everywhere(name):
-    cfg, model = build(ROOT / f'coco/mask-rcnn_r50_fpn_{name}-all_1x_coco.py')
+    cfg, model = build(ROOT / f'norm_comparison/mask-rcnn_r50_fpn_{name}-all_1x_coco.py')
     kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     norms = [module for module in model.modules() if isinstance(module, kinds)]
     assert {type(module) for module in norms} == {NORMS[name][0]}

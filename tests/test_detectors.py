@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from generated import CLASSES, generate_coco
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
@@ -15,7 +16,6 @@ from small_detectors import ROOT, SIDE, make_config, make_small, read, ubn_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ubn_det.datasets import CLASSES, generate_coco
 from ubn_det.layers.ubn import EXTRA_PARAMETERS
 
 

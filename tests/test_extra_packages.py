@@ -41,7 +41,9 @@ def test_packages_are_absent_after_an_error():
 
 def test_process_of_its_own_enables_them():
     code = 'import extra_packages; extra_packages.enable(); import timm, torchvision'
-    subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, check=True)
+    subprocess.run(
+        [sys.executable, '-c', code], cwd=Path(extra_packages.__file__).parent, check=True
+    )
 
 
 def test_missing_folder_is_named(monkeypatch, tmp_path):

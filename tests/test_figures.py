@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from tiny_config import ROOT
 
-# The tools import their neighbours, as they do when they are run.
-sys.path.append(str(ROOT / 'tools'))
+# The benchmarks import their neighbours, as they do when they are run.
+sys.path.append(str(ROOT / 'benchmarks'))
 
 import inject_faults  # noqa: E402
 import model_scaling  # noqa: E402

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent / 'helpers'
 
 CASES = """
 import fuzzing
@@ -34,7 +34,7 @@ def draw(folder, *options):
     command += ['-o', 'markers=slow', f'--rootdir={folder}', path, *options]
     done = subprocess.run(
         [str(part) for part in command],
-        env=os.environ | dict(PYTHONPATH=str(TESTS)),
+        env=os.environ | dict(PYTHONPATH=str(HELPERS)),
         capture_output=True,
         text=True,
     )

@@ -261,7 +261,7 @@ def sync_rank(rank, world_size, init_method):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_mask_rcnn_takes_a_training_step(dtype, monkeypatch):
-    benchmark = load_tool('benchmark_norm', monkeypatch)
+    benchmark = load_tool('benchmarks/benchmark_norm.py', monkeypatch)
     torch.manual_seed(0)
     model = benchmark.build_detector(norm_cfg=dict(type='UBN')).to(DEVICE)
     batch = demo_mm_inputs(2, [(3, 256, 320)] * 2, num_items=[4, 4], with_mask=True)

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from ubn_det.engine import NonFiniteStepHook
 
-# The tools import their neighbours, as they do when they are run.
-sys.path.append(str(ROOT / 'tools'))
+# The benchmarks import their neighbours, as they do when they are run.
+sys.path.append(str(ROOT / 'benchmarks'))
 
 from inject_faults import CPUAmpOptimWrapper, in_half  # noqa: E402
 

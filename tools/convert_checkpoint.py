@@ -24,8 +24,8 @@ from mmengine.config import DictAction
 from torch import Tensor, nn
 
 from ubn_det import convert
-from ubn_det.engine.atomic_checkpoint_hook import AtomicLocalBackend
 from ubn_det.layers.ubn import EXTRA_PARAMETERS, GATE_BUFFERS
+from ubn_det.reliability import AtomicLocalBackend
 
 StateDict = dict[str, Tensor]
 

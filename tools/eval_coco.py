@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coco_annotations import (
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+# Not from the package, which needs torch and mmengine: results are compared without them.
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'ubn_det/datasets'))
+
+from annotations import (  # noqa: E402
     InputError,
     box_fault,
     is_number,
@@ -37,8 +43,6 @@ from coco_annotations import (
     reference_fault,
     rle_fault,
 )
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 METRICS = ('bbox', 'segm')
 MAX_DETS = (100, 300, 1000)

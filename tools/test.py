@@ -4,13 +4,12 @@ import argparse
 import copy
 import sys
 
-from coco_annotations import InputError
-from data_checks import check_data
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 
+from ubn_det.datasets import InputError, check_data
 from ubn_det.engine import add_arguments, build_runner, finish, load_config
 
 

@@ -4,10 +4,9 @@ import argparse
 import os
 import sys
 
-from coco_annotations import InputError
-from data_checks import check_data
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 
+from ubn_det.datasets import InputError, check_data
 from ubn_det.engine import add_arguments, build_runner, finish, load_config
 
 

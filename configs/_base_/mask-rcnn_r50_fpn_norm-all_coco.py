@@ -1,5 +1,6 @@
-# What the twins in configs/coco share: Mask R-CNN with norms in backbone, neck and heads, whose
-# statistics train. They differ in norm_cfg, and in the weights that a norm can start from.
+# What the twins in configs/norm_comparison share: Mask R-CNN with norms in backbone, neck and
+# heads, whose statistics train. They differ in norm_cfg, and in the weights that a norm can start
+# from.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',

@@ -670,7 +670,7 @@ BORDER_SHAPES = [
 def test_inputs_at_the_end_of_memory():
     """A read outside of a tensor ends the process, so another one tries."""
     code = (
-        'import sys; sys.path[:0] = ["tests", "tests/test_ops"]\n'
+        'import sys; sys.path[:0] = ["tests/helpers", "tests/test_ops"]\n'
         'import torch, test_cpu_kernels as t\n'
         'for layout in t.LAYOUTS.values():\n'
         '  for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n'
@@ -687,7 +687,7 @@ def test_inputs_at_the_end_of_memory():
 def test_reads_outside_of_memory_end_the_process():
     """The test above would see them."""
     code = (
-        'import sys; sys.path[:0] = ["tests", "tests/test_ops"]\n'
+        'import sys; sys.path[:0] = ["tests/helpers", "tests/test_ops"]\n'
         'import ctypes, torch, test_cpu_kernels as t\n'
         'x = t.at_border(torch.ones(1000), {at_end})\n'
         'ctypes.string_at(x.data_ptr(), 4000)\n'

@@ -19,7 +19,7 @@ EXTRAS = ('center_weight', 'scale_weight', 'scale_bias', 'neighbour_weight')
 @pytest.fixture
 def tool(monkeypatch):
     """Run the tool in this process; returns what the new file holds."""
-    module = load_tool('convert_checkpoint', monkeypatch)
+    module = load_tool('tools/convert_checkpoint.py', monkeypatch)
 
     def run(path, *arguments, out=None):
         out = path.with_suffix('.out.pth') if out is None else out

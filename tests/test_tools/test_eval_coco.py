@@ -19,8 +19,8 @@ TOOL = Path(__file__).parents[2] / 'tools' / 'eval_coco.py'
 # The tool imports its neighbours, as it does when it is run.
 sys.path.append(str(TOOL.parent))
 
-import coco_annotations  # noqa: E402
 import eval_coco  # noqa: E402
+from annotations import decode_counts  # noqa: E402
 
 HEIGHT, WIDTH = 240, 320
 # In the order of a file, which need not be sorted. The last two have no figures of their own:
@@ -412,7 +412,7 @@ def test_decode_counts_inverts_the_encoding():
         runs = [0, *runs] if flat[0] else runs
         counts = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))['counts'].decode()
         assert counts == encode_runs(runs)
-        assert coco_annotations.decode_counts(counts).tolist() == runs
+        assert decode_counts(counts).tolist() == runs
 
 
 def change(key, value):

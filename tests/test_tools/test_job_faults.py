@@ -122,7 +122,9 @@ def start_ranks(config, work_dir, **environment):
             MASTER_PORT=port,
             CUDA_VISIBLE_DEVICES='',
             OMP_NUM_THREADS='1',
-            PYTHONPATH=os.pathsep.join([str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]),
+            PYTHONPATH=os.pathsep.join(
+                [str(ROOT / 'tests/helpers'), os.environ.get('PYTHONPATH', '')]
+            ),
         )
         options = ['--cfg-options', f'env_cfg.dist_cfg.timeout={TIMEOUT}']
         command = [sys.executable, TRAIN, config, '--launcher', 'pytorch', '--work-dir', work_dir]
@@ -191,7 +193,9 @@ def test_terminated_job_ends_and_resumes(whole, tmp_path):
             PORT=free_port(),
             OMP_NUM_THREADS='1',
             CUDA_VISIBLE_DEVICES='',
-            PYTHONPATH=os.pathsep.join([str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')]),
+            PYTHONPATH=os.pathsep.join(
+                [str(ROOT / 'tests/helpers'), os.environ.get('PYTHONPATH', '')]
+            ),
             # Else the job might be done before it is ended.
             PAUSE_BEFORE='iteration 4',
         ),

@@ -1,5 +1,6 @@
-"""Tier 3: the data set that the project draws itself."""
+"""Tier 3: checks of the data that a config asks for."""
 
-from .generated import CLASSES, SIDE_RANGE, Scene, SceneObject, draw_scene, generate_coco
+from .annotations import InputError, load_annotations
+from .checks import check_data
 
-__all__ = ['CLASSES', 'SIDE_RANGE', 'Scene', 'SceneObject', 'draw_scene', 'generate_coco']
+__all__ = ['InputError', 'check_data', 'load_annotations']

@@ -16,8 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det.layers import UBN, SyncUBN, UBN1d, UBN2d, UBN3d
 from ubn_det.layers.ubn import COUNTERS, EXTRA_PARAMETERS
-
-from .listed_hook import ListedHook
+from ubn_det.reliability import ListedHook
 
 # When data look condensed: in a window of so many iterations the gates of so many of the layers
 # closed on so many batches, and on such a share of them. Of ordinary batches at most 1 % are

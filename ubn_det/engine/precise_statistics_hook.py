@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ubn_det.layers import UBN
+from ubn_det.reliability import ListedHook
 
 from .condensation_hook import unwrap
-from .listed_hook import ListedHook
 from .population_statistics import PopulationStatistics
 
 _END = object()

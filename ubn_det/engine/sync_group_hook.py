@@ -6,9 +6,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ubn_det.layers import SyncUBN
+from ubn_det.reliability import ListedHook
 
 from .condensation_hook import unwrap
-from .listed_hook import ListedHook
 
 
 @HOOKS.register_module()
