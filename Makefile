@@ -14,7 +14,7 @@ VENV_PYTHON := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench gpu study lint format clean
+.PHONY: help setup demo test test-slow bench gpu study streams lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
@@ -61,6 +61,18 @@ study: setup  ## rerun a reduced study of norms and redraw the plots of all (15 
 	    --condensation 'score of BN' 'score of UBN'
 	$(VENV_PYTHON) benchmarks/report_study.py $(STUDY_DIR)/digits/digits.csv docs/results/digits.csv \
 	    --metrics digits/accuracy
+
+STREAMS := cifar10_ordinary cifar10_condensed_last cifar10_condensed_fifth cifar10_condensed_images \
+    cifar10_batch8 cifar10_batch4 cifar10_shift cifar10_shift_one pennfudan_ordinary \
+    pennfudan_condensed_last
+streams: setup  ## train on condensed streams of DATA and write docs/condensation.md (5 hours)
+	for grid in $(STREAMS); do \
+	    root="$(or $(DATA),data)"; \
+	    case $$grid in pennfudan*) root="$$root/pennfudan" ;; esac; \
+	    $(VENV_PYTHON) benchmarks/study.py benchmarks/study/grids/$$grid.py --data-root "$$root" \
+	        --work-dir work_dirs/streams/$$grid --out docs/results/streams/$$grid.csv || exit 1; \
+	done
+	$(VENV_PYTHON) benchmarks/report_streams.py
 
 lint: setup  ## check the code's style; changes nothing
 	$(VENV_PYTHON) -m ruff check --no-cache .

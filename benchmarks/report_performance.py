@@ -19,6 +19,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
+from pages import replace_part
 
 Row = dict[str, str]
 METHODS = (
@@ -33,7 +34,8 @@ VARIANTS = tuple(
     for dtype in ('float32', 'bfloat16', 'float16')
     for memory_format in ('contiguous', 'channels_last')
 )
-MARKERS = '<!-- begin: benchmarks/report_performance.py -->', '<!-- end -->'
+# Of the page, that the figures are written to.
+PART = 'benchmarks/report_performance.py'
 
 
 class Figure(NamedTuple):
@@ -81,7 +83,11 @@ def main() -> None:
     page = args.csv.with_suffix('.md')
     picture = args.csv.with_suffix('.png')
     draw(runs, picture)
-    text = page.read_text() if page.exists() else '# Performance\n\n{}\n{}\n'.format(*MARKERS)
+    text = (
+        page.read_text()
+        if page.exists()
+        else f'# Performance\n\n<!-- begin: {PART} -->\n<!-- end -->\n'
+    )
     page.write_text(replace_figures(text, make_figures(runs, picture.name)))
     print(f'Wrote {page} and {picture}.')
     sys.exit(1 if is_missed else 0)
@@ -319,12 +325,10 @@ def judge(runs: dict[tuple[str, str], list[Row]]) -> tuple[list[str], bool]:
 
 def replace_figures(page: str, figures: str) -> str:
     """Return a page with other figures between its markers."""
-    begin, end = MARKERS
-    before, found, rest = page.partition(begin)
-    _, also_found, after = rest.partition(end)
-    if not (found and also_found):
-        raise SystemExit(f'The page has to have the lines {begin} and {end}.')
-    return f'{before}{begin}\n\n{figures}\n{end}{after}'
+    try:
+        return replace_part(page, PART, figures.strip('\n'))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def make_figures(runs: dict[tuple[str, str], list[Row]], picture: str) -> str:

@@ -22,6 +22,7 @@ sys.path.append(str(ROOT / 'benchmarks'))
 import inject_faults  # noqa: E402
 import model_scaling  # noqa: E402
 import report_performance  # noqa: E402
+import report_streams  # noqa: E402
 import report_study  # noqa: E402
 
 DOCS = ROOT / 'docs'
@@ -120,6 +121,9 @@ GENERATED: dict[str, Callable] = {
         model_scaling.read_rows(DOCS / 'scaling.csv'), 'scaling.png'
     ),
     'performance.md': write_performance,
+    'condensation.md': lambda folder: report_streams.rewrite(
+        (DOCS / 'condensation.md').read_text()
+    ),
     **{f'results/{n}.md': functools.partial(write_tables, n) for n in STUDIES},
     **{f'results/{n}_summary.csv': functools.partial(write_summary, n) for n in STUDIES},
 }

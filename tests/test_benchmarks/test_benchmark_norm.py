@@ -110,7 +110,7 @@ def test_report_replaces_figures_and_leaves_words(measured, tmp_path, monkeypatc
     report = load_tool('benchmarks/report_performance.py', monkeypatch)
     page = tmp_path / 'performance.md'
     (tmp_path / 'performance.csv').write_bytes(measured.read_bytes())
-    page.write_text('before\n{}\nold\n{}\nafter\n'.format(*report.MARKERS))
+    page.write_text(f'before\n<!-- begin: {report.PART} -->\nold\n<!-- end -->\nafter\n')
     for _ in range(2):
         run_tool(REPORT, tmp_path / 'performance.csv', check=False)
         text = page.read_text()
@@ -118,7 +118,7 @@ def test_report_replaces_figures_and_leaves_words(measured, tmp_path, monkeypatc
         assert 'old' not in text and text.count('## Bars') == 1
     page.write_text('no markers')
     done = run_tool(REPORT, tmp_path / 'performance.csv', check=False)
-    assert done.returncode == 1 and report.MARKERS[0] in done.stderr
+    assert done.returncode == 1 and report.PART in done.stderr
     assert page.read_text() == 'no markers'
 
 

@@ -98,7 +98,7 @@ def test_bars_are_judged(tool, tmp_path, is_good):
             path.write_text('\n'.join([*rows.splitlines(), *masks]) + '\n')
     text = tool.judge({name: tool.Grid(name, m) for name, m in tool.NAMES.items()})
     verdicts = [line.split('|')[4].strip() for line in text.splitlines()[2:]]
-    assert len(verdicts) == 16
+    assert len(verdicts) == 18
     if is_good:
         assert set(verdicts) == {'met'}
     else:
