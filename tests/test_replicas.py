@@ -12,6 +12,7 @@ SOAK_ITERATIONS = 2000
 
 # Gates close and open again.
 RULE = dict(condensation_threshold=0.4, warmup=3, patience=20)
+AUTO = dict(RULE, condensation_threshold='auto', condensation_z=0.0, condensation_margin=0.0)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -38,9 +39,9 @@ def draw_batch(rank, iteration):
     return make_batch(shapes, torch.randint(3, (len(shapes),)).tolist())
 
 
-def train(rank, norm, num_iterations, perturbation=None):
+def train(rank, norm, num_iterations, perturbation=None, rule=RULE):
     torch.manual_seed(0)
-    detector = build_detector(dict(type=norm, **RULE))
+    detector = build_detector(dict(type=norm, **rule))
     trainer = Trainer(detector, wrap=True)
     if rank == 1 and perturbation == 'weights':
         # Replicas are made equal at the start only.
@@ -104,6 +105,12 @@ def assert_replicas_equal(first, *others):
 
 def test_two_replicas_stay_equal(two_replicas):
     assert_replicas_equal(*two_replicas)
+
+
+def test_two_replicas_stay_equal_where_the_threshold_follows_the_scores():
+    found = distributed.run(2, train, 'SyncUBN', NUM_ITERATIONS, None, AUTO)
+    assert_replicas_equal(*found)
+    assert any(t > 0 for n, t in found[0]['buffers'].items() if n.endswith('num_batches_scored'))
 
 
 def test_four_replicas_stay_equal():

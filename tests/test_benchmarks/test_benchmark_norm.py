@@ -255,7 +255,7 @@ def test_peers_are_what_their_papers_say(monkeypatch):
 
 
 def test_batch_renormalization_is_what_its_paper_says(monkeypatch):
-    load_tool('benchmark_norm', monkeypatch)
+    load_tool('benchmarks/benchmark_norm.py', monkeypatch)
     layer = sys.modules['norm_peers'].BatchRenorm(3, num_batches=10, momentum=0.3).double()
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
@@ -284,7 +284,7 @@ def test_batch_renormalization_is_what_its_paper_says(monkeypatch):
 
 @pytest.mark.parametrize('score', [False, True])
 def test_gate_by_distance_keeps_a_strange_batch_out(monkeypatch, score):
-    load_tool('benchmark_norm', monkeypatch)
+    load_tool('benchmarks/benchmark_norm.py', monkeypatch)
     layer = sys.modules['norm_peers'].DistanceGatedBN(3, score=score, warmup=30, patience=4)
     torch.manual_seed(0)
     for _ in range(60):
