@@ -1,8 +1,8 @@
 """The study on CIFAR-10, on an archive of noise in its layout."""
 
 import csv
-import json
 import io
+import json
 import os
 import sys
 import tarfile
