@@ -335,7 +335,7 @@ def draw_curves(study: Study, rows: list[Row], out: Path) -> None:
 
 
 def draw_condensation(path: Path, out: Path, settings: list[str] | None) -> bool:
-    """Draw score and share of closed gates, by layer and iteration, for every setting with them.
+    """Draw scores, thresholds and gates, by layer and iteration, for every setting with scores.
 
     Returns:
         bool: Whether there was anything to draw.
@@ -350,12 +350,18 @@ def draw_condensation(path: Path, out: Path, settings: list[str] | None) -> bool
     values = {setting: tags for setting, tags in values.items() if 'condensation' in tags}
     if not values:
         return False
+    # Studies from before thresholds were logged have none.
+    maps = [entry for entry in HEATMAPS if any(entry[0] in tags for tags in values.values())]
     figure, axes = plt.subplots(
-        len(values), 2, figsize=(15, 5.5 * len(values)), layout='constrained', squeeze=False
+        len(values),
+        len(maps),
+        figsize=(7.5 * len(maps), 5.5 * len(values)),
+        layout='constrained',
+        squeeze=False,
     )
-    for pair, (setting, tags) in zip(axes, values.items()):
+    for row, (setting, tags) in zip(axes, values.items()):
         layers = list(next(iter(tags['condensation'].values())))
-        for ax, (tag, title, colours, low) in zip(pair, HEATMAPS):
+        for ax, (tag, title, colours, low) in zip(row, maps, strict=True):
             draw_heatmap(
                 ax,
                 tags.get(tag, {}),
@@ -363,7 +369,7 @@ def draw_condensation(path: Path, out: Path, settings: list[str] | None) -> bool
                 f'{setting}: {title}',
                 colours,
                 low,
-                fontsize=5 if ax is pair[0] else 0,
+                fontsize=5 if ax is row[0] else 0,
             )
     figure.savefig(out, dpi=70)
     plt.close(figure)

@@ -146,6 +146,19 @@ def test_everything_is_written(tool, tmp_path, runs):
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.parametrize('has_thresholds', [False, True])
+def test_gates_are_drawn_beside_scores(tool, tmp_path, monkeypatch, has_thresholds):
+    tags = ['condensation', *['condensation_threshold'] * has_thresholds, 'condensed_share']
+    path = tmp_path / 'a_condensation.csv'
+    rows = [('UBN', step, f'{tag}/bn1', 0.5) for step in (50, 100) for tag in tags]
+    with path.open('w', newline='') as file:
+        csv.writer(file).writerows([('setting', 'step', 'tag', 'value'), *rows])
+    drawn = []
+    monkeypatch.setattr(tool, 'draw_heatmap', lambda ax, values, *_, **__: drawn.append(values))
+    assert tool.draw_condensation(path, tmp_path / 'a.png', None)
+    assert drawn == [{50: {'bn1': 0.5}, 100: {'bn1': 0.5}}] * len(tags)
+
+
 def test_an_unknown_baseline_is_named(tool, tmp_path, runs, capsys):
     path = write_study(tmp_path / 'a.csv', runs)
     with pytest.raises(SystemExit):
