@@ -17,13 +17,14 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 from pages import replace_part
-from report_study import Comparison, Study, compare
+from report_study import Comparison, Study, compare, interval, spread
+
+from ubn_det.visualization import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs/condensation.md'
 STREAMS = ROOT / 'docs/results/streams'
 ACCURACY = ('cifar10/accuracy',)
-MAP = ('coco/bbox_mAP', 'coco/segm_mAP')
 OFF, AUTO = 'UBN, threshold off', 'UBN, threshold auto'
 # What a setting is without its gate.
 WITHOUT = {'UBN, threshold 0.6': OFF, AUTO: OFF}
@@ -49,8 +50,7 @@ class Grid:
 
     def score(self, setting: str) -> str:
         """Return the mean score of a setting and its deviation over the seeds."""
-        values = np.array(list(self.scores[setting].values()))
-        return f'{values.mean():.1f} ± {values.std(ddof=1):.1f}'
+        return spread(np.array(list(self.scores[setting].values())))
 
     def less(self, setting: str, other: str) -> Comparison:
         """Compare the scores of two settings."""
@@ -68,6 +68,11 @@ class Grid:
                 if tag.startswith(SHARE):
                     shares.setdefault(tag.removeprefix(SHARE), []).append(value)
         return {layer: float(np.mean(values)) for layer, values in shares.items()}
+
+    def worst_layer(self, setting: str) -> tuple[str, float] | None:
+        """Return the layer whose gate was closed most often and its share, None without gates."""
+        layers = {name: share for name, share in self.closed(setting).items() if name != 'mean'}
+        return max(layers.items(), key=lambda item: item[1], default=None)
 
     def closed_at_the_end(self, setting: str, num_batches: int) -> float:
         """Return the share of gates over all layers that were closed in the last batches.
@@ -91,11 +96,6 @@ def difference(one: dict[int, float], other: dict[int, float]) -> Comparison:
     return compare(np.array([one[seed] - other[seed] for seed in one if seed in other]))
 
 
-def interval(comparison: Comparison) -> str:
-    """Write a mean and its interval."""
-    return f'{comparison.mean:+.1f} [{comparison.low:+.1f}, {comparison.high:+.1f}]'
-
-
 def percent(share: float | None) -> str:
     """Write a share."""
     return '' if share is None else f'{100 * share:.1f} %'
@@ -116,16 +116,14 @@ def ordinary_table(grid: Grid) -> str:
     for setting in grid.settings:
         other = WITHOUT.get(setting, grid.study.baseline)
         versus = '' if setting == other else interval(grid.less(setting, other))
-        closed = grid.closed(setting)
-        layers = {k: v for k, v in closed.items() if k != 'mean'}
-        worst = max(layers, key=layers.__getitem__) if layers else ''
+        worst = grid.worst_layer(setting)
         rows.append(
             [
                 setting,
                 grid.score(setting),
                 versus and f'{versus} to {"BN" if other == grid.study.baseline else "off"}',
-                percent(closed.get('mean')),
-                worst and f'{percent(layers[worst])} ({worst})',
+                percent(grid.closed(setting).get('mean')),
+                f'{percent(worst[1])} ({worst[0]})' if worst else '',
             ]
         )
     return table(['norm', 'score', 'difference', 'gates closed', 'of the worst layer'], rows)
@@ -204,15 +202,13 @@ def small_table(grids: dict[int, Grid]) -> str:
     rows = []
     for size, grid in grids.items():
         suffix = f', last {LAST} condensed'
-        closed = grid.closed(AUTO)
-        layers = {k: v for k, v in closed.items() if k != 'mean'}
         lost = {s: losses(grid, grid, s, suffix) for s in ('BN', OFF, AUTO)}
         rows.append(
             [
                 str(size),
                 interval(grid.less(AUTO, OFF)),
-                percent(closed['mean']),
-                percent(max(layers.values())),
+                percent(grid.closed(AUTO)['mean']),
+                percent(grid.worst_layer(AUTO)[1]),
                 *(interval(lost[s].own) for s in ('BN', OFF, AUTO)),
                 interval(lost[AUTO].saved),
                 percent(grid.closed_at_the_end(AUTO + suffix, LAST)),
@@ -314,7 +310,7 @@ NAMES = {
         ),
         ACCURACY,
     ),
-    **dict.fromkeys(('pennfudan_ordinary', 'pennfudan_condensed_last'), MAP),
+    **dict.fromkeys(('pennfudan_ordinary', 'pennfudan_condensed_last'), METRICS),
 }
 
 

@@ -239,12 +239,14 @@ def _early_index(steps: np.ndarray) -> int:
     return int(np.argmin(abs(steps - EARLY * steps[-1])))
 
 
-def _spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray) -> str:
+    """Write the mean of some runs and their deviation."""
     deviation = f' ± {values.std(ddof=1):.1f}' if len(values) > 1 else ''
     return f'{values.mean():.1f}{deviation}'
 
 
-def _gain(gain: Comparison) -> str:
+def interval(gain: Comparison) -> str:
+    """Write a mean difference and its interval."""
     # One pair says nothing of the spread.
     interval = f' [{gain.low:+.1f}, {gain.high:+.1f}]' if gain.num_pairs > 1 else ''
     return f'{gain.mean:+.1f}{interval}'
@@ -260,12 +262,12 @@ def make_table(rows: list[Row], metrics: tuple[str, ...]) -> str:
         cells = [
             row.setting,
             str(row.final_gain.num_pairs),
-            _spread(row.early),
-            _gain(row.early_gain),
-            *map(_spread, row.final),
-            _gain(row.final_gain),
+            spread(row.early),
+            interval(row.early_gain),
+            *map(spread, row.final),
+            interval(row.final_gain),
             f'{row.final_gain.num_better}/{row.final_gain.num_pairs}',
-            _gain(row.area_gain),
+            interval(row.area_gain),
             reached,
             f'{row.time_ratio:.2f}x',
         ]
@@ -291,7 +293,7 @@ def make_evaluation_table(study: Study) -> str:
                 for steps in runs.values()
                 if f'{name}/{study.metrics[0]}' in steps.get(-1, ())
             ]
-            cells.append(_gain(compare(np.array(moves))) if moves else '')
+            cells.append(interval(compare(np.array(moves))) if moves else '')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 

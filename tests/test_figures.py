@@ -215,7 +215,7 @@ def test_table_of_the_readme_is_of_the_rows():
     for name, (stem, setting) in README_ROWS.items():
         row = summary(stem)[setting]
         cells = [
-            *(report_study._spread(values) for values in row.final),
+            *(report_study.spread(values) for values in row.final),
             *('' if setting == 'BN' else gain(g) for g in (row.early_gain, row.final_gain)),
         ]
         if name.startswith('**'):

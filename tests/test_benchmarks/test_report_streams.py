@@ -91,7 +91,7 @@ def test_bars_are_judged(tool, tmp_path, is_good):
         quiet = {468: 0.0, 456: 0.0, 348: 0.0} if is_good else {468: 0.5, 456: 0.5, 348: 0.0}
         own = {tool.AUTO: (gates[tool.AUTO][0], quiet)} if 'shift' in name else gates
         write(tmp_path / f'{name}.csv', scores, own)
-        if metrics is tool.MAP:
+        if metrics is tool.METRICS:
             path = tmp_path / f'{name}.csv'
             rows = path.read_text().replace('cifar10/accuracy', 'coco/bbox_mAP')
             masks = [line.replace('bbox', 'segm') for line in rows.splitlines() if 'mAP' in line]
