@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# For `import reference` and `import generated`, in whatever way pytest imports the tests.
+# For `import reference`, `import generated` and `import study`, in whatever way pytest imports the
+# tests: scripts import their neighbours too, as they do when they are run.
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS / 'helpers'), str(TESTS.parent / 'demo')]
+sys.path[:0] = [str(TESTS / 'helpers'), *(str(TESTS.parent / f) for f in ('demo', 'benchmarks'))]
 
 # The tensors are small: on busy cores the tests of the layers take 190 s with two threads and 22 s
 # with one.

@@ -1,7 +1,6 @@
 """Every config builds, has UBN where it says so, and takes a training step."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,6 @@ from ubn_det import UBN, SyncUBN
 
 REPOSITORY = Path(__file__).parent.parent
 ROOT = REPOSITORY / 'configs'
-# Those of the study import what lies beside its program.
-sys.path.append(str(REPOSITORY / 'benchmarks'))
 ALL_CONFIGS = [
     *sorted(p for p in ROOT.glob('*/*.py') if p.parent.name != '_base_'),
     *sorted(REPOSITORY.glob('demo/mask-rcnn_*.py')),

@@ -9,21 +9,16 @@ be named here, with its reason.
 import csv
 import functools
 import re
-import sys
 from collections.abc import Callable
 
+import inject_faults
+import model_scaling
 import numpy as np
 import pytest
+import report_performance
+import report_streams
+import report_study
 from tiny_config import ROOT
-
-# The benchmarks import their neighbours, as they do when they are run.
-sys.path.append(str(ROOT / 'benchmarks'))
-
-import inject_faults  # noqa: E402
-import model_scaling  # noqa: E402
-import report_performance  # noqa: E402
-import report_streams  # noqa: E402
-import report_study  # noqa: E402
 
 DOCS = ROOT / 'docs'
 README, RESULTS = ROOT / 'README.md', DOCS / 'results.md'

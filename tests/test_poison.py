@@ -3,25 +3,19 @@
 import json
 import math
 import os
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run
+from inject_faults import CPUAmpOptimWrapper, in_half
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from tiny_config import ROOT
 from tiny_detector import build_detector, layers_of, make_batch
 from torch.utils.data import DataLoader
 
 from ubn_det.engine import NonFiniteStepHook
-
-# The benchmarks import their neighbours, as they do when they are run.
-sys.path.append(str(ROOT / 'benchmarks'))
-
-from inject_faults import CPUAmpOptimWrapper, in_half  # noqa: E402
 
 NUM_ITERS = 60
 FAULTY = range(20, 23)

@@ -1,23 +1,17 @@
 """benchmarks/condensed_stream.py: what is in every batch of a stream."""
 
 import itertools
-import sys
 
 import distributed
 import numpy as np
 import pytest
 import torch
+from condensed_stream import BlackFrames, CondensedBatchSampler, SortedDataset
 from generated import CLASSES, generate_coco
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
-from tiny_config import ROOT
-
-# As the benchmarks import their neighbours.
-sys.path.append(str(ROOT / 'benchmarks'))
-
-from condensed_stream import BlackFrames, CondensedBatchSampler, SortedDataset  # noqa: E402
 
 SIZE = 23
 

@@ -2,19 +2,14 @@
 
 import csv
 import math
-import sys
 
+import inject_faults
 import pytest
 import torch
 from distributed import run
+from norm_peers import ComposedSyncBN
 from tiny_config import ROOT, run_tool
 from torch import nn
-
-# The benchmarks import their neighbours, as they do when they are run.
-sys.path.append(str(ROOT / 'benchmarks'))
-
-import inject_faults  # noqa: E402
-from norm_peers import ComposedSyncBN  # noqa: E402
 
 
 def train_on_rank(rank, xs, dys, weight, bias):

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,12 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from small_classification import CIFAR10, SmallResNet
 from tiny_config import ROOT, run_tool
-
-# As the benchmarks import their neighbours.
-sys.path.append(str(ROOT / 'benchmarks'))
-
-from small_classification import CIFAR10, SmallResNet  # noqa: E402
 
 CLASSES = CIFAR10.metainfo['classes']
 STUDY = """

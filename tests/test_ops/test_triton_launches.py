@@ -14,7 +14,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / 'benchmarks'))
 # Which imports triton.
 kernel_resources = pytest.importorskip('kernel_resources')
 triton_kernels, Rule = kernel_resources.triton_kernels, kernel_resources.Rule

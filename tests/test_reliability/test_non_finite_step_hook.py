@@ -2,26 +2,20 @@
 
 import json
 import math
-import sys
 import uuid
 
 import pytest
 import torch
 from distributed import run
+from inject_faults import CPUAmpOptimWrapper
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
-from tiny_config import ROOT
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ubn_det.engine import NonFiniteStepHook
-
-# The benchmarks import their neighbours, as they do when they are run.
-sys.path.append(str(ROOT / 'benchmarks'))
-
-from inject_faults import CPUAmpOptimWrapper  # noqa: E402
 
 
 class Model(BaseModel):
